@@ -1,0 +1,53 @@
+#!/bin/sh
+# From a fresh clone to a result: make an environment if none is active, install, run.
+set -eu
+cd "$(dirname "$0")"
+
+fail() {
+    echo "do: $*" >&2
+    exit 1
+}
+
+case "${1-}" in
+demo) what=base target=. ;;
+test) what=dev target=".[dev]" ;;
+*)
+    echo "usage: ./do demo [options of lightning-mmd fit]    train on the bundled digits"
+    echo "       ./do test [options of pytest]               run the tests"
+    if [ $# -eq 0 ]; then exit 0; else fail "unknown command '$1'"; fi
+    ;;
+esac
+shift
+
+env=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -z "$env" ]; then
+    env=$PWD/.venv
+    if ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+        command -v python3 >/dev/null || fail "python3 is missing: install Python 3.10 or newer."
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            fail "Python 3.10 or newer is needed, python3 is $(python3 --version)."
+        python3 -c 'import venv, ensurepip' 2>/dev/null ||
+            fail "python3 cannot make environments: install its venv module" \
+                "(Debian, Ubuntu: apt install python3-venv), or activate an environment."
+        python3 -m venv --clear "$env"
+    fi
+fi
+python=$env/bin/python
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "Python 3.10 or newer is needed, $env does not have it. Activate another environment."
+
+# The stamp says what is installed: this checkout, this pyproject.toml, with or without the extras.
+state="$PWD $(cksum <pyproject.toml)"
+stamp=$env/.lightning-mmd
+if [ "$(cat "$stamp-$what" 2>/dev/null)" != "$state" ]; then
+    echo "do: installing into $env; PyTorch is large, the first time takes minutes" >&2
+    PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --editable "$target"
+    rm -f "$stamp-base" "$stamp-dev"
+    for done in base $what; do echo "$state" >"$stamp-$done"; done
+fi
+
+PATH=$env/bin:$PATH
+case $what in
+base) exec "$env/bin/lightning-mmd" fit --config configs/digits.yaml "$@" ;;
+dev) exec "$python" -m pytest "$@" ;;
+esac

@@ -1,0 +1,22 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' tensors are small: more threads cost more than they bring
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    """Make float64 the default dtype, so that tolerances test the mathematics."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(previous)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch's global generators before every test; return the seed."""
+    torch.manual_seed(0)
+    return 0
