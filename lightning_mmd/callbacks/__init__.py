@@ -1,0 +1,7 @@
+"""Callbacks for Lightning's Trainer, one a file."""
+
+from lightning_mmd.callbacks.progress import GeneratorProgressBar
+from lightning_mmd.callbacks.samples import SampleGrid
+from lightning_mmd.callbacks.tracking import MMDTracker
+
+__all__ = ["GeneratorProgressBar", "MMDTracker", "SampleGrid"]

@@ -1,0 +1,150 @@
+"""Pictures of the generator's samples while it trains."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from lightning_mmd.callbacks.cadence import GeneratorCadence, Samples
+from lightning_mmd.data import import_torchvision
+
+__all__ = ["SampleGrid"]
+
+SCATTER_BINS = 128
+
+
+class SampleGrid(GeneratorCadence):
+    """Picture of samples from fixed latents: always a PNG file, and in W&B and TensorBoard.
+
+    Made before the first generator update, every `every_n_steps` updates and at the end, on the
+    axis of the scalars. Images become a grid; points in the plane become a two-dimensional
+    histogram, darker where there are more (values outside `value_range` pile up on the border).
+    Values that are not finite are drawn as 0 or as a limit of the range. `Trainer(fast_dev_run)`
+    writes no files.
+
+    Args:
+        every_n_steps: Generator updates between pictures, at least 1.
+        num_samples: Samples in a picture. For points in the plane take thousands.
+        num_columns: Images in a row.
+        dirpath: Directory of the files ``step=000100.png``; by default ``samples/`` in the
+            trainer's log directory.
+        seed: Of the latents, which are the same in every picture.
+        value_range: Pixel values drawn as black and white; for points, the range of both axes.
+        scale: Enlarges every pixel to scale x scale, for example 4 for 8x8 images.
+
+    Attributes:
+        last_path: File of the newest picture, None before the first.
+
+    Raises:
+        ValueError: If a count is less than 1, the range is empty, or samples are neither images of
+            shape (n, c, h, w) with c in (1, 3) nor points of shape (n, 2).
+        ImportError: At set-up, if torchvision is missing or does not match torch.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> pictures = SampleGrid(every_n_steps=50, num_samples=64, num_columns=8, scale=4)
+        >>> trainer = Trainer(max_steps=400, callbacks=[pictures], logger=False)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        num_samples: int = 64,
+        num_columns: int = 8,
+        dirpath: str | Path | None = None,
+        seed: int = 0,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        scale: int = 1,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if min(num_samples, num_columns, scale) < 1:
+            raise ValueError(
+                "SampleGrid needs num_samples, num_columns and scale of at least 1, got "
+                f"{num_samples}, {num_columns} and {scale}."
+            )
+        if not value_range[0] < value_range[1]:
+            raise ValueError(
+                f"SampleGrid needs value_range = (low, high) with low < high, got {value_range}."
+            )
+        self.num_samples = num_samples
+        self.num_columns = num_columns
+        self.dirpath = dirpath
+        self.seed = seed
+        self.value_range = value_range
+        self.scale = scale
+        self.last_path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        super().setup(trainer, pl_module, stage)
+        try:
+            import_torchvision()
+        except ImportError as error:
+            raise ImportError(
+                f"SampleGrid draws with torchvision, which cannot be imported beside torch "
+                f"{torch.__version__}. Reinstall the two together (pip install --upgrade torch "
+                "torchvision), or remove the callback."
+            ) from error
+
+    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+        # `log_dir` is a broadcast: every rank must ask for it.
+        log_dir = Path(trainer.log_dir or trainer.default_root_dir)
+        directory = log_dir / "samples" if self.dirpath is None else Path(self.dirpath)
+        if not trainer.is_global_zero:
+            return
+        latents = model.fixed_latents(self.num_samples, self.seed)
+        picture = self.draw(model.sample(self.num_samples, latents=latents))
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        self.last_path = directory / f"step={trainer.global_step:06d}.png"
+        self.save(picture, self.last_path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(self.last_path)], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", picture, global_step=trainer.global_step)
+
+    def draw(self, samples: Tensor) -> Tensor:
+        """Return the picture of some samples.
+
+        Args:
+            samples: Images (n, c, h, w) with c in (1, 3), or points (n, 2).
+
+        Returns:
+            RGB picture of shape (3, height, width) in uint8, on the CPU.
+        """
+        samples = samples.detach().float().cpu().nan_to_num()
+        if samples.ndim == 4 and samples.shape[1] in (1, 3):
+            picture = import_torchvision().utils.make_grid(
+                samples, nrow=self.num_columns, normalize=True, value_range=self.value_range
+            )
+        elif samples.ndim == 2 and samples.shape[1] == 2:
+            picture = self._scatter(samples).expand(3, -1, -1)
+        else:
+            raise ValueError(
+                "SampleGrid draws images of shape (n, c, h, w) with c in (1, 3) or points of shape "
+                f"(n, 2), got samples of shape {tuple(samples.shape)}. Remove the callback for "
+                "other data."
+            )
+        pixels = picture.mul(255).round().to(torch.uint8)
+        return pixels.repeat_interleave(self.scale, dim=1).repeat_interleave(self.scale, dim=2)
+
+    @staticmethod
+    def save(picture: Tensor, path: Path) -> None:
+        """Write a picture to a PNG file, in a directory that is made if need be.
+
+        Args:
+            picture: uint8 tensor of shape (3, height, width), as `draw` returns it.
+            path: The file.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        import_torchvision().transforms.functional.to_pil_image(picture).save(path)
+
+    def _scatter(self, points: Tensor) -> Tensor:
+        """Return the picture of points in the plane, (bins, bins) in [0, 1], y upwards."""
+        low, high = self.value_range
+        counts = torch.histogramdd(
+            points.clamp(low, high), bins=[SCATTER_BINS, SCATTER_BINS], range=[low, high] * 2
+        ).hist
+        return 1 - (counts / counts.max()).sqrt().T.flip(0)
