@@ -1,0 +1,155 @@
+"""Small smooth generators and feature nets: SiLU and GroupNorm, no state outside the weights.
+
+GroupNorm keeps gradients of W processes equal to those of one (batch statistics do not), and SiLU
+keeps gradient penalties differentiable.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+__all__ = ["ConvFeatures", "ConvGenerator", "MLPFeatures", "MLPGenerator"]
+
+
+class ConvGenerator(nn.Module):
+    """Convolutional generator of images in [-1, 1].
+
+    A linear map to a small image, then between two entries of ``channels`` a nearest-neighbour
+    doubling and a 3x3 convolution, and a last convolution under tanh.
+
+    Args:
+        sample_shape: Shape (c, h, w) of an image; h and w divisible by 2^(len(channels) - 1).
+        latent_dim: Length of a latent vector.
+        channels: Channels from the smallest image to the largest.
+
+    Raises:
+        ValueError: If the image size does not fit the number of doublings, or there are no
+            ``channels``.
+    """
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        latent_dim: int = 32,
+        channels: Sequence[int] = (64, 32, 16),
+    ) -> None:
+        super().__init__()
+        out_channels, height, width = _check_image_shape(sample_shape, len(channels) - 1)
+        scale = 2 ** (len(channels) - 1)
+        base = (channels[0], height // scale, width // scale)
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, math.prod(base)),
+            nn.Unflatten(1, base),
+            *_normalised(channels[0]),
+        ]
+        for before, after in pairwise(channels):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
+            layers += _normalised(after)
+        layers += [nn.Conv2d(channels[-1], out_channels, 3, padding=1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents (n, latent_dim) to images (n, c, h, w)."""
+        return self.layers(z)
+
+
+class ConvFeatures(nn.Module):
+    """Convolutional feature net: stride-2 3x3 convolutions and a linear map.
+
+    Args:
+        sample_shape: Shape (c, h, w) of an image.
+        num_features: Length of the feature vector.
+        channels: Channels of the convolutions; each halves the image.
+
+    Raises:
+        ValueError: If ``sample_shape`` is not (c, h, w).
+    """
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        num_features: int = 256,
+        channels: Sequence[int] = (16, 32, 64),
+    ) -> None:
+        super().__init__()
+        before, height, width = _check_image_shape(sample_shape, 0)
+        layers: list[nn.Module] = []
+        for after in channels:
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *_normalised(after)]
+            before, height, width = after, (height + 1) // 2, (width + 1) // 2
+        layers += [nn.Flatten(), nn.Linear(before * height * width, num_features)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, c, h, w) to features (n, num_features)."""
+        return self.layers(x)
+
+
+class MLPGenerator(nn.Module):
+    """Fully connected generator of points.
+
+    Args:
+        sample_dim: Dimension of a point.
+        latent_dim: Length of a latent vector.
+        hidden: Widths of the hidden layers.
+    """
+
+    def __init__(
+        self, sample_dim: int = 2, latent_dim: int = 8, hidden: Sequence[int] = (64, 64)
+    ) -> None:
+        super().__init__()
+        self.layers = _mlp(latent_dim, hidden, sample_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents (n, latent_dim) to points (n, sample_dim)."""
+        return self.layers(z)
+
+
+class MLPFeatures(nn.Module):
+    """Fully connected feature net.
+
+    Args:
+        sample_dim: Dimension of a sample, after flattening.
+        num_features: Length of the feature vector.
+        hidden: Widths of the hidden layers.
+    """
+
+    def __init__(
+        self, sample_dim: int = 2, num_features: int = 64, hidden: Sequence[int] = (64, 64)
+    ) -> None:
+        super().__init__()
+        self.layers = _mlp(sample_dim, hidden, num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map samples (n, ...) to features (n, num_features)."""
+        return self.layers(x.flatten(1))
+
+
+def _mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
+    widths = [in_features, *hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
+
+
+def _normalised(channels: int) -> list[nn.Module]:
+    # two channels a group at least: alone, a channel loses its mean and its bias does nothing
+    num_groups = math.gcd(channels, max(1, min(8, channels // 2)))
+    return [nn.GroupNorm(num_groups, channels), nn.SiLU()]
+
+
+def _check_image_shape(sample_shape: Sequence[int], num_doublings: int) -> tuple[int, int, int]:
+    if len(sample_shape) != 3 or min(sample_shape) < 1:
+        raise ValueError(f"an image has a shape (c, h, w), got {tuple(sample_shape)}.")
+    if num_doublings < 0:
+        raise ValueError("a convolutional generator needs at least one entry in channels, got ().")
+    channels, height, width = sample_shape
+    if height % 2**num_doublings or width % 2**num_doublings:
+        raise ValueError(
+            f"{num_doublings} doublings need a height and width divisible by {2**num_doublings}, "
+            f"got {height} x {width}. Give fewer channels, or pad the images."
+        )
+    return channels, height, width

@@ -1,0 +1,584 @@
+r"""Derivatives through a generator: :math:`Lf`, its adjoint, and tangents of samples.
+
+A generator :math:`G_\theta` pushes latents :math:`z \sim \nu` forward to samples
+:math:`x = G_\theta(z)`. The theory needs two linear maps of this pushforward, and nothing else in
+the package differentiates through a generator:
+
+* cotangents to parameters (one reverse pass), :math:`c \mapsto \sum_i J_\theta G(z_i)^T c_i`;
+* parameters to tangents (one forward-mode pass), :math:`v \mapsto (J_\theta G(z_i) v)_i`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+__all__ = [
+    "DerivativeFallbackWarning",
+    "Pushforward",
+    "Replay",
+    "evaluate_critic",
+    "full_precision",
+    "parametric_gradient",
+    "parametric_tangent",
+    "refuse_once_differentiable",
+    "trainable_parameters",
+    "unfused_attention",
+]
+
+
+class DerivativeFallbackWarning(UserWarning):
+    """A generator's tangents need a slower or less exact route than plain forward mode."""
+
+
+def trainable_parameters(generator: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that span the parameter space of a generator, by name.
+
+    These are the ones with ``requires_grad=True``, tied weights once. Where no parameter requires a
+    gradient, all floating-point ones are taken: that is how a whole generator looks while another
+    optimizer is toggled. A generator that is partly frozen *and* toggled off must therefore be
+    described by the caller (see ``parameters`` of :class:`Pushforward`).
+
+    Args:
+        generator: The module.
+
+    Returns:
+        Name to parameter, in the order of ``generator.named_parameters()``.
+
+    Raises:
+        ValueError: If the generator has no floating-point parameter.
+    """
+    floating = {n: p for n, p in generator.named_parameters() if p.is_floating_point()}
+    if not floating:
+        raise ValueError(
+            f"the generator {type(generator).__name__} has no floating-point parameters, so there "
+            "is no parameter space to differentiate in. Pass a generator with weights."
+        )
+    return {n: p for n, p in floating.items() if p.requires_grad} or floating
+
+
+def evaluate_critic(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Evaluate a critic and check its output.
+
+    Args:
+        critic: Any callable from n samples to n values.
+        x: Samples of shape (n, ...).
+
+    Returns:
+        Critic values of shape (n,).
+
+    Raises:
+        TypeError: If the output is not a tensor.
+        ValueError: If its shape is neither (n,) nor (n, 1).
+    """
+    values = critic(x)
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"a critic must return a tensor of shape (n,) or (n, 1), got {type(values).__name__}. "
+            "Wrap the critic so that it returns its values alone."
+        )
+    if values.shape not in (x.shape[:1], (len(x), 1)):
+        raise ValueError(
+            f"a critic must return one value a sample, shape ({len(x)},) or ({len(x)}, 1), got "
+            f"{tuple(values.shape)}. Flatten or pool its output, or take the raw score."
+        )
+    return values.reshape(len(x))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Return a context without autocast: bfloat16 costs penalties and witnesses 1 to 4 percent."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Give attention second and forward derivatives within a context.
+
+    The fused kernels, and the fast path that transformer layers take in eval mode, have neither;
+    the unfused formula computes the same function.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients that only look differentiable.
+
+    A layer marked ``once_differentiable`` cuts the graph of the reverse pass. ``backward()`` would
+    say so, but ``torch.autograd.grad`` passes by on the other routes and leaves a part out.
+
+    Args:
+        gradients: Results of a reverse pass with ``create_graph=True``.
+
+    Raises:
+        RuntimeError: If one of them hangs on such a layer.
+    """
+    nodes = {g.grad_fn for g in gradients if g.grad_fn is not None}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a layer marked once_differentiable has no second derivative")
+        following = {n for n, _ in node.next_functions if n is not None} - nodes
+        nodes |= following
+        waiting += following
+
+
+class Replay:
+    """Repeats a forward pass from the buffers and the random state of the present moment.
+
+    Whatever is replayed leaves both alone and sees the same dropout masks.
+
+    Args:
+        function: The module, or any callable, whose passes are repeated; only a module's buffers
+            can be put back.
+        device: Where it runs.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._random_state = _get_random_state(device)
+        self._buffers = (
+            {n: b.clone() for n, b in function.named_buffers()}
+            if isinstance(function, nn.Module)
+            else {}
+        )
+
+    def __call__(self, x: Tensor, replacements: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the forward pass.
+
+        Args:
+            x: The function's input.
+            replacements: Parameters and buffers to use in place of a module's own, by name.
+
+        Returns:
+            The function's output.
+        """
+        with _replayed_random_state(self._random_state, self._device):
+            if not isinstance(self._function, nn.Module):
+                return self._function(x)
+            fresh = {n: b.clone() for n, b in self._buffers.items()}
+            return functional_call(self._function, {**fresh, **(replacements or {})}, (x,))
+
+
+class Pushforward:
+    r"""The samples :math:`x_i = G_\theta(z_i)` and their derivative in :math:`\theta`.
+
+    One forward pass runs on construction. It advances buffers (batch-norm statistics, power
+    iterations) and the random state exactly as a plain call does; whatever is asked for afterwards
+    leaves both alone and sees the same dropout masks. The generator's ``.grad`` is never written,
+    and its parameters may have ``requires_grad=False``. Autocast is switched off.
+
+    Vectors of the parameter space are flat, of shape (P,), in the order of ``parameters``.
+
+    Args:
+        generator: Any module from latents to samples.
+        z: Latents of shape (n, ...).
+        parameters: The parameters to differentiate in, by name. Default: those of
+            :func:`trainable_parameters`.
+        reuse: Prepare for many tangents: the transposed graph of the reverse pass is kept. Each
+            tangent then costs about half of a fresh forward-mode pass, and the memory is that of a
+            double backward.
+
+    Raises:
+        TypeError: If the generator does not return a tensor.
+        ValueError: If it does not return one row for each latent, or has no parameter of a name.
+
+    Example:
+        >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
+        >>> push.tangent(push.cotangent(torch.ones(5, 3))).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        z: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        reuse: bool = False,
+    ) -> None:
+        parameters = trainable_parameters(generator) if parameters is None else parameters
+        self.generator = generator
+        self.z = z.detach()
+        self.reuse = reuse
+        own = dict(generator.named_parameters(remove_duplicate=False))
+        if unknown := sorted(parameters.keys() - own.keys()):
+            raise ValueError(
+                f"the generator {type(generator).__name__} has no parameters {unknown}. Take the "
+                "names from generator.named_parameters()."
+            )
+        self._leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+        taken = {id(own[n]) for n in parameters}
+        held = {n: p.detach() for n, p in generator.named_parameters() if id(p) not in taken}
+        self._replay = Replay(generator, z.device)
+        with torch.enable_grad(), full_precision(z.device):
+            self._samples = functional_call(generator, {**held, **self._leaves}, (self.z,))
+        _check_samples(generator, self._samples, z)
+        self._power_iterations = {
+            key: buffer.clone()
+            for name, module in _spectral_norms(generator)
+            for key, buffer in module.named_buffers(name, recurse=False)
+        }
+
+    @property
+    def samples(self) -> Tensor:
+        """The samples x of shape (n, ...), without a graph."""
+        return self._samples.detach()
+
+    @property
+    def num_parameters(self) -> int:
+        """The dimension P of the parameter space."""
+        return sum(leaf.numel() for leaf in self._leaves.values())
+
+    def cotangent(self, c: Tensor) -> Tensor:
+        r"""Pull sample cotangents back to the parameters: :math:`\sum_i J_\theta G(z_i)^T c_i`.
+
+        Args:
+            c: Cotangents, of the samples' shape.
+
+        Returns:
+            Vector of shape (P,).
+        """
+        with full_precision(self.z.device):  # a reverse pass obeys autocast too
+            return _flatten(
+                torch.autograd.grad(
+                    self._samples,
+                    list(self._leaves.values()),
+                    c,
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+            )
+
+    def tangent(self, v: Tensor) -> Tensor:
+        r"""Push a parameter vector forward to the samples: :math:`(J_\theta G(z_i) v)_i`.
+
+        By forward-mode differentiation with dual tensors or, with ``reuse``, by the transpose of
+        the reverse pass; both are exact. Where a layer supports neither, the next exact route is
+        taken, and the last resort is a central difference. Leaving the first route is announced
+        once a generator by a :class:`DerivativeFallbackWarning`.
+
+        Args:
+            v: Vector of shape (P,).
+
+        Returns:
+            Tangents of the samples' shape, without a graph.
+
+        Raises:
+            ValueError: If v is not of shape (P,).
+            RuntimeError: If no route works.
+        """
+        if v.shape != (self.num_parameters,):
+            raise ValueError(
+                f"a tangent needs a vector of shape ({self.num_parameters},), one entry for each "
+                f"generator parameter, got {tuple(v.shape)}."
+            )
+        known = _failed_routes.setdefault(self.generator, set())
+        routes = _REPEATED_ROUTES if self.reuse else _SINGLE_ROUTES
+        failed, reasons = set(), []
+        for route in (route for route in routes if route not in known):
+            try:
+                with full_precision(self.z.device):
+                    dx = route(self, v.detach())
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch's way to say that a layer lacks a derivative
+                failed.add(route)
+                reasons.append(f"{route.__name__.strip('_')}: {str(error).strip().splitlines()[0]}")
+                continue
+            known |= failed
+            if reasons:
+                warnings.warn(
+                    f"tangents of {type(self.generator).__name__} are computed by "
+                    f"{_ROUTE_NOTES[route]}. Tried before: {'; '.join(reasons)}",
+                    DerivativeFallbackWarning,
+                    stacklevel=2,
+                )
+            return dx
+        raise RuntimeError(
+            f"no derivative of {type(self.generator).__name__} in its parameters could be had: "
+            f"{'; '.join(reasons)}. Replace the layer that is named, or freeze its parameters."
+        )
+
+    def differentiate(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return f on the samples, and the gradient of its mean in the parameters, with graphs.
+
+        The plain route of double backward, for comparison: everything else here avoids it.
+
+        Args:
+            f: Critic, n samples to (n,).
+
+        Returns:
+            Values of shape (n,) and a vector of shape (P,).
+        """
+        values = f(self._samples)
+        gradients = torch.autograd.grad(
+            values.mean(), list(self._leaves.values()), create_graph=True, materialize_grads=True
+        )
+        return values, _flatten(gradients)
+
+    def neighbours(self, v: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
+        r"""Return a step h and the samples at :math:`\theta + h v` and :math:`\theta - h v`.
+
+        Args:
+            v: Vector of shape (P,). The step is :math:`h = \epsilon^{1/3} \|\theta\| / \|v\|`,
+                with the norm of the parameters taken as at least 1: it balances truncation and
+                rounding.
+
+        Returns:
+            The step and two tensors of the samples' shape, without graphs.
+        """
+        size = max(1.0, float(_flatten(self.leaves.values()).norm()))
+        length = float(v.norm())
+        step = torch.finfo(self._samples.dtype).eps ** (1 / 3) * size / length if length else 1.0
+        tangents = self.unflatten(v.detach())
+        with (
+            torch.no_grad(),
+            full_precision(self.z.device),
+            _frozen_power_iterations(self.generator),
+        ):
+            ahead, behind = (
+                self._replay(
+                    self.z,
+                    self._power_iterations
+                    | {n: p + h * tangents[n] for n, p in self.leaves.items()},
+                )
+                for h in (step, -step)
+            )
+        return step, (ahead, behind)
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """Split a vector of shape (P,) into tensors of the parameters' shapes, by name."""
+        sizes = [leaf.numel() for leaf in self._leaves.values()]
+        return {
+            name: part.view_as(leaf).to(leaf.dtype)
+            for (name, leaf), part in zip(self._leaves.items(), v.split(sizes), strict=True)
+        }
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The values of the parameters at which the derivative is taken, by name."""
+        return {name: leaf.detach() for name, leaf in self._leaves.items()}
+
+    @cached_property
+    def _transposed_graph(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The reverse pass as a graph that is linear in its cotangent u: (u, J^T u)."""
+        u = torch.zeros_like(self._samples, requires_grad=True)
+        with torch.enable_grad():
+            reverse = torch.autograd.grad(
+                self._samples,
+                list(self._leaves.values()),
+                u,
+                create_graph=True,
+                materialize_grads=True,
+            )
+        refuse_once_differentiable(reverse)
+        return u, reverse
+
+
+def _transpose(push: Pushforward, v: Tensor) -> Tensor:
+    u, reverse = push._transposed_graph
+    pairs = [
+        (g, t) for g, t in zip(reverse, push.unflatten(v).values(), strict=True) if g.requires_grad
+    ]
+    if not pairs:
+        return torch.zeros_like(u)
+    outputs, vectors = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, u, vectors, retain_graph=True)[0]
+
+
+def _forward_mode(
+    push: Pushforward, v: Tensor, buffers: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    _load_forward_mode()
+    tangents = push.unflatten(v)
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in push.leaves.items()}
+        x, dx = forward_ad.unpack_dual(push._replay(push.z, {**(buffers or {}), **duals}))
+    error, size = (x - push.samples).abs().max(), push.samples.abs().max()
+    if error > torch.finfo(x.dtype).eps ** 0.5 * size:  # a state that is no buffer, two iterations
+        raise RuntimeError("a second pass from the same buffers and random state differs")
+    return torch.zeros_like(x) if dx is None else dx
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Load torch's forward-mode formulas, which it compiles by a tool that it deprecates itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script`")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def _forward_mode_by_substitutes(push: Pushforward, v: Tensor) -> Tensor:
+    with unfused_attention(), _frozen_power_iterations(push.generator):
+        return _forward_mode(push, v, push._power_iterations)
+
+
+def _central_difference(push: Pushforward, v: Tensor) -> Tensor:
+    step, (ahead, behind) = push.neighbours(v)
+    return (ahead - behind) / (2 * step)
+
+
+_SINGLE_ROUTES = (_forward_mode, _forward_mode_by_substitutes, _transpose, _central_difference)
+_REPEATED_ROUTES = (_transpose, _forward_mode, _forward_mode_by_substitutes, _central_difference)
+_ROUTE_NOTES = {
+    _forward_mode: "forward mode, anew each time (exact, slower)",
+    _forward_mode_by_substitutes: "forward mode with unfused attention and held power iterations "
+    "(exact)",
+    _transpose: "two reverse passes (exact, with the memory of a double backward)",
+    _central_difference: "a central difference (APPROXIMATE: relative error 1e-3 to 1e-5 for "
+    "smooth networks in float32, useless for ReLU-like ones)",
+}
+_failed_routes: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary()
+
+
+def parametric_gradient(
+    f: Callable[[Tensor], Tensor],
+    generator: nn.Module,
+    z: Tensor,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Gradient of the mean critic value in the generator's parameters.
+
+    .. math:: L f = \nabla_\theta \frac1n \sum_i f(G_\theta(z_i)) \in R^P
+
+    One generator forward, one critic forward, one reverse pass. It is the mean gradient; its
+    squared norm is what :func:`~lightning_mmd.parametric_gradient_penalty` penalises.
+
+    Args:
+        f: Critic or witness function, n samples to (n,) or (n, 1).
+        generator: Module from latents to samples.
+        z: Latents of shape (n, ...).
+        parameters: See :class:`Pushforward`.
+
+    Returns:
+        Vector of shape (P,), without a graph.
+
+    Raises:
+        ValueError: If ``f`` or ``generator`` return something of another shape.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402, the operator L_theta.
+
+    Example:
+        >>> generator = torch.nn.Linear(2, 3, bias=False)
+        >>> parametric_gradient(lambda x: x.sum(1), generator, torch.ones(4, 2)).tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    push = Pushforward(generator, z, parameters)
+    x = push.samples.requires_grad_()
+    with torch.enable_grad(), full_precision(z.device):
+        mean = evaluate_critic(f, x).mean()
+        (c,) = torch.autograd.grad(mean, x, materialize_grads=True)
+    return push.cotangent(c)
+
+
+def parametric_tangent(
+    generator: nn.Module,
+    z: Tensor,
+    v: Tensor,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Samples and their velocity when the parameters move along v.
+
+    .. math:: x_i = G_\theta(z_i), \qquad dx_i = J_\theta G(z_i) v
+
+    The adjoint of :func:`parametric_gradient`:
+    :math:`\langle L f, v\rangle = \frac1n\sum_i \langle \nabla f(x_i), dx_i\rangle`.
+
+    Args:
+        generator: Module from latents to samples.
+        z: Latents of shape (n, ...).
+        v: Vector of shape (P,).
+        parameters: See :class:`Pushforward`.
+
+    Returns:
+        Samples and tangents, both of shape (n, ...), without a graph.
+
+    Raises:
+        ValueError: If v is not of shape (P,).
+
+    Example:
+        >>> generator = torch.nn.Linear(2, 1, bias=False)
+        >>> x, dx = parametric_tangent(generator, torch.eye(2), torch.ones(2))
+        >>> dx.tolist()
+        [[1.0], [1.0]]
+    """
+    push = Pushforward(generator, z, parameters)
+    if v.shape != (push.num_parameters,):
+        raise ValueError(
+            f"parametric_tangent needs a vector of shape ({push.num_parameters},), one entry for "
+            f"each generator parameter, got {tuple(v.shape)}."
+        )
+    return push.samples, push.tangent(v)
+
+
+def _flatten(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _check_samples(generator: nn.Module, samples: Tensor, z: Tensor) -> None:
+    name = type(generator).__name__
+    if not isinstance(samples, Tensor):
+        raise TypeError(
+            f"the generator {name} must return a tensor of samples, got {type(samples).__name__}. "
+            "Wrap it so that it returns the samples alone."
+        )
+    if samples.ndim == 0 or len(samples) != len(z):
+        raise ValueError(
+            f"the generator {name} must return one sample for each of the {len(z)} latents, got "
+            f"shape {tuple(samples.shape)}."
+        )
+
+
+def _get_random_state(device: torch.device) -> tuple[Tensor, ...]:
+    accelerator = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.get_rng_state(), *accelerator
+
+
+@contextmanager
+def _replayed_random_state(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+def _spectral_norms(generator: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that own power iterations, of both of torch's spectral norms."""
+    return [
+        (name, module)
+        for name, module in generator.named_modules()
+        if isinstance(module, _SpectralNorm)
+        or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    ]
+
+
+@contextmanager
+def _frozen_power_iterations(generator: nn.Module) -> Iterator[None]:
+    """Hold u and v of spectral norms: they iterate in train mode, by an in-place division."""
+    training = [module for _, module in _spectral_norms(generator) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

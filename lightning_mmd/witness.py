@@ -1,0 +1,413 @@
+r"""Closed-form witness functions :math:`f(x) = \langle w, \phi(x)\rangle`.
+
+The regularised MMD is a concave problem in w; its solution is the regularised witness
+
+.. math:: (\alpha J J^T + \beta I)\, w = \delta,
+    \qquad \delta = E\,\phi(x) - E\,\phi(G_\theta(z)),
+    \quad J = \nabla_\theta E_z\,\phi(G_\theta(z)) \in R^{r \times P},
+
+and :math:`J^T w = L f` is the direction in which the generator descends.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.kernels import Kernel
+from lightning_mmd.pushforward import (
+    Pushforward,
+    full_precision,
+    refuse_once_differentiable,
+    unfused_attention,
+)
+
+__all__ = [
+    "KernelWitness",
+    "MeanEmbedding",
+    "WitnessConvergenceWarning",
+    "WitnessSolution",
+    "solve_witness",
+]
+
+
+class WitnessConvergenceWarning(UserWarning):
+    """The conjugate gradients stopped before they reached the tolerance that was asked for."""
+
+
+class MeanEmbedding:
+    r"""The model's mean embedding :math:`m(\theta) = \frac1n\sum_i \phi(G_\theta(z_i))` and its J.
+
+    J is never formed: :meth:`adjoint` is one reverse pass, :meth:`push` one forward-mode pass, and
+    both reuse the graph of the single evaluation made on construction.
+
+    Args:
+        features: Feature map from samples (n, ...) to (n, r).
+        generator: Module from latents to samples.
+        z: Latents of shape (n, ...).
+        parameters: See :class:`~lightning_mmd.pushforward.Pushforward`.
+        reduce: Averages a tensor over processes; default: this process is alone.
+
+    Raises:
+        ValueError: If the features are not of shape (n, r).
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        generator: nn.Module,
+        z: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self.pushforward = Pushforward(generator, z, parameters, reuse=True)
+        self._reduce = reduce
+        self.samples = self.pushforward.samples.requires_grad_()
+        with torch.enable_grad(), full_precision(z.device), unfused_attention():
+            phi = features(self.samples)
+            if not isinstance(phi, Tensor) or phi.ndim != 2 or len(phi) != len(z):
+                got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
+                raise ValueError(
+                    f"features must map {len(z)} samples to a matrix of shape ({len(z)}, r), got "
+                    f"{got}. Flatten the feature net's output."
+                )
+            self.local_mean = phi.mean(0)  # of this process, with the graph
+            self._u = torch.zeros_like(self.local_mean, requires_grad=True)
+            self._reverse = self.witness_gradient(self._u)
+            refuse_once_differentiable([self._reverse])
+        self.mean = reduce(self.local_mean.detach())
+
+    def witness_gradient(self, w: Tensor) -> Tensor:
+        r"""Gradient :math:`\frac1n \nabla f(x_i)`, f = <w, phi>, with a graph.
+
+        Args:
+            w: Weights of shape (r,).
+
+        Returns:
+            Tensor of the samples' shape, differentiable in w and in the features' parameters.
+        """
+        with torch.enable_grad(), full_precision(w.device):
+            return torch.autograd.grad(
+                self.local_mean, self.samples, w, create_graph=True, materialize_grads=True
+            )[0]
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        """Return J^T w = L f of the witness with weights w, (P,), averaged over processes."""
+        with full_precision(w.device):
+            (c,) = torch.autograd.grad(
+                self.local_mean, self.samples, w, retain_graph=True, materialize_grads=True
+            )
+        return self._reduce(self.pushforward.cotangent(c))
+
+    def push(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return J v of shape (r,), averaged over processes, and the samples' tangents dx."""
+        dx = self.pushforward.tangent(v)
+        if not self._reverse.requires_grad:
+            return torch.zeros_like(self.mean), dx
+        with full_precision(v.device):
+            (jv,) = torch.autograd.grad(self._reverse, self._u, dx, retain_graph=True)
+        return self._reduce(jv), dx
+
+
+@dataclass(frozen=True)
+class WitnessSolution:
+    r"""A solution of :math:`(\alpha JJ^T + \beta I) w = \delta`.
+
+    Attributes:
+        weights: w of shape (r,).
+        gap: delta of shape (r,).
+        parametric_gradient: J^T w = L f of shape (P,), the generator's direction of descent.
+        tangents: J_theta G(z) J^T w, how the samples move along it, of the samples' shape.
+        residual: Relative residual norm, ||delta - (alpha J J^T + beta I) w|| / ||delta||.
+        num_iterations: Conjugate-gradient iterations made.
+    """
+
+    weights: Tensor
+    gap: Tensor
+    parametric_gradient: Tensor
+    tangents: Tensor
+    residual: float
+    num_iterations: int
+
+    @property
+    def mmd2(self) -> Tensor:
+        """MMD^2 in these features, ||delta||^2, biased."""
+        return self.gap.square().sum()
+
+    @property
+    def regularised_mmd2(self) -> Tensor:
+        """The regularised MMD^2 at the optimum, 1/2 <delta, w> (arXiv 2011.02402)."""
+        return 0.5 * self.gap @ self.weights
+
+
+def solve_witness(
+    features: Callable[[Tensor], Tensor],
+    generator: nn.Module,
+    z: Tensor,
+    gap: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1e-2,
+    tolerance: float = 1e-3,
+    max_iterations: int = 50,
+    initial: Tensor | None = None,
+) -> WitnessSolution:
+    r"""Solve for the regularised witness without forming the Gramian.
+
+    .. math:: (\alpha J J^T + \beta I)\, w = \delta
+
+    by conjugate gradients. An iteration costs one reverse and one forward-mode pass through
+    features and generator; its memory does not depend on r x P.
+
+    Args:
+        features: Feature map from samples (n, ...) to (n, r), r > 0.
+        generator: Module from latents to samples.
+        z: Latents of shape (n, ...).
+        gap: delta, mean embedding of the target minus that of the model, of shape (r,).
+        alpha: Weight of the parametric-gradient penalty, >= 0.
+        beta: Weight of the RKHS norm, >= 0 and not zero together with alpha.
+        tolerance: Relative residual at which to stop, > 0.
+        max_iterations: Most iterations, >= 0.
+        initial: Weights to start from, of shape (r,), such as those of the last update. They are
+            scaled first so that the energy along their line is least.
+
+    Returns:
+        The solution, with its residual.
+
+    Raises:
+        ValueError: If an argument is out of range or a shape does not fit.
+
+    Warns:
+        WitnessConvergenceWarning: If the tolerance was not reached.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402: f = (alpha D + beta I)^-1 (mu_p - mu_q), D = L^T L.
+    """
+    embedding = MeanEmbedding(features, generator, z)
+    solution = solve_embedding(
+        embedding,
+        gap,
+        alpha=alpha,
+        beta=beta,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        initial=initial,
+    )
+    if not solution.residual <= tolerance:
+        warnings.warn(
+            f"the witness has a relative residual of {solution.residual:.2g} after "
+            f"{solution.num_iterations} iterations, more than the tolerance {tolerance:.2g}. Raise "
+            "max_iterations or beta, or start from the last weights (initial).",
+            WitnessConvergenceWarning,
+            stacklevel=2,
+        )
+    return solution
+
+
+def solve_embedding(
+    embedding: MeanEmbedding,
+    gap: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    tolerance: float,
+    max_iterations: int,
+    initial: Tensor | None = None,
+) -> WitnessSolution:
+    """Solve for the witness of a mean embedding that was evaluated before.
+
+    Arguments and result are those of :func:`solve_witness`; a residual above the tolerance is
+    returned without a warning, for a training loop that makes few iterations on purpose.
+
+    Args:
+        embedding: The model's mean embedding at the current parameters.
+        gap: See :func:`solve_witness`.
+        alpha: See :func:`solve_witness`.
+        beta: See :func:`solve_witness`.
+        tolerance: See :func:`solve_witness`.
+        max_iterations: See :func:`solve_witness`.
+        initial: See :func:`solve_witness`.
+
+    Returns:
+        The solution, with its residual.
+
+    Raises:
+        ValueError: If an argument is out of range or a shape does not fit.
+    """
+    _check_weights(alpha, beta)
+    if not (tolerance > 0 and max_iterations >= 0):
+        raise ValueError(
+            "a witness needs tolerance > 0 and max_iterations >= 0, got "
+            f"tolerance = {tolerance}, max_iterations = {max_iterations}."
+        )
+    for name, vector in (("gap", gap), ("initial", initial)):
+        if vector is not None and vector.shape != embedding.mean.shape:
+            raise ValueError(
+                f"{name} must have one entry for each of the {len(embedding.mean)} features, got "
+                f"shape {tuple(vector.shape)}."
+            )
+    if not gap.isfinite().all():
+        raise ValueError(
+            "gap must be finite, got NaN or infinite entries. Check the real and the generated "
+            "samples; a smaller generator step helps where the generator has diverged."
+        )
+    iterate = _Iterate(embedding, gap.detach(), alpha, beta)
+    if initial is not None and bool(initial.any()):
+        iterate.line_search(initial.detach())
+    iterate.restart()
+    size = iterate.gap.norm()
+    num_iterations = 0
+    while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
+        iterate.conjugate_step()
+        num_iterations += 1
+    return WitnessSolution(
+        weights=iterate.weights.to(gap.dtype),
+        gap=gap.detach(),
+        parametric_gradient=iterate.parametric_gradient,
+        tangents=iterate.tangents,
+        residual=float(iterate.residual.norm() / size) if size > 0 else 0.0,
+        num_iterations=num_iterations,
+    )
+
+
+class _Iterate:
+    """Conjugate gradients that carry J^T w and its tangents along: a step gives them for nothing.
+
+    Vectors of length r are accumulated in float64 over products in the networks' precision.
+    """
+
+    def __init__(self, embedding: MeanEmbedding, gap: Tensor, alpha: float, beta: float) -> None:
+        self.embedding, self.alpha, self.beta = embedding, alpha, beta
+        self.gap = gap.double()
+        self.weights = torch.zeros_like(self.gap)
+        self.residual = self.gap.clone()
+        self.parametric_gradient = torch.zeros(
+            embedding.pushforward.num_parameters,
+            dtype=embedding.samples.dtype,
+            device=embedding.samples.device,
+        )
+        self.tangents = torch.zeros_like(embedding.samples, requires_grad=False)
+
+    def line_search(self, p: Tensor) -> Tensor:
+        """Move along p to the least energy 1/2 <w, A w> - <w, delta>; return A p."""
+        v = self.embedding.adjoint(p.to(self.embedding.mean.dtype))
+        jv, dx = self.embedding.push(v)
+        p = p.double()
+        image = self.alpha * jv.double() + self.beta * p
+        curvature = p @ image
+        if not curvature > 0:  # also for NaN
+            raise ValueError(
+                f"the regularised Gramian has curvature {float(curvature):.3g} along a direction; "
+                "it must be positive. Use beta > 0, and check the samples for NaN."
+            )
+        step = p @ self.residual / curvature
+        self.weights = self.weights + step * p
+        self.residual = self.residual - step * image
+        step = step.to(v.dtype)
+        self.parametric_gradient = self.parametric_gradient + step * v
+        self.tangents = self.tangents + step * dx
+        return image
+
+    def restart(self) -> None:
+        self._direction = self.residual
+
+    def conjugate_step(self) -> None:
+        before = self.residual @ self.residual
+        self.line_search(self._direction)
+        ratio = (self.residual @ self.residual) / before
+        self._direction = self.residual + ratio * self._direction
+
+
+def _check_weights(alpha: float, beta: float) -> None:
+    if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
+        raise ValueError(
+            "the penalty weights must be finite, alpha >= 0 and beta >= 0, and not both zero, got "
+            f"alpha = {alpha}, beta = {beta}."
+        )
+
+
+class KernelWitness:
+    r"""The witness function of two weighted samples under any kernel, in closed form.
+
+    .. math:: f(t) = \sum_i a_i\, k(x_i, t) - \sum_j b_j\, k(y_j, t)
+
+    With the default weights 1/n and 1/m it is :math:`\mu_p - \mu_q` of the empirical
+    distributions, positive where the target has more mass than the model. Samples that climb its
+    gradient descend :math:`\frac12 MMD^2`. Cost O((n + m) k), memory O(block_size k).
+
+    Args:
+        x: Target sample of shape (n, d).
+        y: Model sample of shape (m, d), of the same floating dtype.
+        kernel: The kernel k.
+        x_weights: a, of shape (n,); of any sign. Default 1/n each.
+        y_weights: b, of shape (m,); of any sign. Default 1/m each.
+        block_size: Number of sample points whose kernel values are held at a time.
+
+    Raises:
+        ValueError: If a sample or its weights are empty or of another shape.
+
+    Source:
+        Gretton et al. 2012, A kernel two-sample test, section 2.3.
+
+    Example:
+        >>> from lightning_mmd.kernels import Linear
+        >>> witness = KernelWitness(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]), Linear())
+        >>> witness(torch.tensor([[10.0]])), witness.gradient(torch.tensor([[10.0]]))
+        (tensor([-30.]), tensor([[-3.]]))
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        kernel: Kernel,
+        *,
+        x_weights: Tensor | None = None,
+        y_weights: Tensor | None = None,
+        block_size: int = 2048,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"KernelWitness needs block_size >= 1, got {block_size}.")
+        self._kernel = kernel
+        self._blocks = [
+            block
+            for sign, name, points, weights in ((1, "x", x, x_weights), (-1, "y", y, y_weights))
+            for block in _weighted_blocks(sign, name, points, weights, block_size)
+        ]
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return f at points of shape (k, d), as (k,), differentiable in the points."""
+        terms = (self._kernel(points, centres) @ weights for centres, weights in self._blocks)
+        return sum(terms, points.new_zeros(len(points)))
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """Return the gradients of f at points of shape (k, d), as (k, d), without a graph."""
+        points = points.detach().requires_grad_()
+        gradient = torch.zeros_like(points, requires_grad=False)
+        for centres, weights in self._blocks:
+            with torch.enable_grad():
+                total = (self._kernel(points, centres) @ weights).sum()
+            gradient += torch.autograd.grad(total, points)[0]
+        return gradient
+
+
+def _weighted_blocks(
+    sign: int, name: str, points: Tensor, weights: Tensor | None, block_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    if points.ndim != 2 or len(points) == 0:
+        raise ValueError(
+            f"KernelWitness expects {name} of shape (n, d) with n >= 1, got "
+            f"{tuple(points.shape)}. Flatten images first: {name}.flatten(1)."
+        )
+    if weights is None:
+        weights = points.new_full((len(points),), 1.0 / len(points))
+    if weights.shape != (len(points),):
+        raise ValueError(
+            f"KernelWitness expects one weight for each of the {len(points)} points {name}, got "
+            f"shape {tuple(weights.shape)}."
+        )
+    return list(zip(points.split(block_size), (sign * weights).split(block_size), strict=True))
