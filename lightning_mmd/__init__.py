@@ -1,0 +1,108 @@
+"""MMD GANs that converge: regularised kernel critics for PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_mmd.callbacks import MMDTracker, SampleGrid
+    from lightning_mmd.critics import LearnedKernelCritic
+    from lightning_mmd.features import RandomFourierFeatures
+    from lightning_mmd.kernels import (
+        Energy,
+        Gaussian,
+        InverseMultiquadric,
+        Kernel,
+        Laplace,
+        Linear,
+        Polynomial,
+        RationalQuadratic,
+        SumKernel,
+        median_bandwidth,
+    )
+    from lightning_mmd.metrics import MaximumMeanDiscrepancy
+    from lightning_mmd.mmd import (
+        mmd2_biased,
+        mmd2_features,
+        mmd2_unbiased,
+        relative_similarity_test,
+        two_sample_test,
+    )
+    from lightning_mmd.module import MMDGAN
+    from lightning_mmd.penalties import (
+        input_gradient_penalty,
+        parametric_gradient_penalty,
+        rkhs_norm_penalty,
+    )
+    from lightning_mmd.pushforward import parametric_gradient, parametric_tangent
+    from lightning_mmd.witness import solve_witness
+
+_HOMES = {
+    "callbacks": ["MMDTracker", "SampleGrid"],
+    "critics": ["LearnedKernelCritic"],
+    "features": ["RandomFourierFeatures"],
+    "kernels": [
+        "Energy",
+        "Gaussian",
+        "InverseMultiquadric",
+        "Kernel",
+        "Laplace",
+        "Linear",
+        "Polynomial",
+        "RationalQuadratic",
+        "SumKernel",
+        "median_bandwidth",
+    ],
+    "metrics": ["MaximumMeanDiscrepancy"],
+    "mmd": [
+        "mmd2_biased",
+        "mmd2_features",
+        "mmd2_unbiased",
+        "relative_similarity_test",
+        "two_sample_test",
+    ],
+    "module": ["MMDGAN"],
+    "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
+    "pushforward": ["parametric_gradient", "parametric_tangent"],
+    "witness": ["solve_witness"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604, RUF022
+    "MMDGAN",
+    "Energy",
+    "Gaussian",
+    "InverseMultiquadric",
+    "Kernel",
+    "Laplace",
+    "LearnedKernelCritic",
+    "Linear",
+    "MMDTracker",
+    "MaximumMeanDiscrepancy",
+    "Polynomial",
+    "RandomFourierFeatures",
+    "RationalQuadratic",
+    "SampleGrid",
+    "SumKernel",
+    "input_gradient_penalty",
+    "median_bandwidth",
+    "mmd2_biased",
+    "mmd2_features",
+    "mmd2_unbiased",
+    "parametric_gradient",
+    "parametric_gradient_penalty",
+    "parametric_tangent",
+    "relative_similarity_test",
+    "rkhs_norm_penalty",
+    "solve_witness",
+    "two_sample_test",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lightning_mmd' has no attribute {name!r}")
+    return getattr(import_module(f"lightning_mmd.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,591 @@
+"""The LightningModule that trains a generator against a regularised kernel critic."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_mmd.critics import LearnedKernelCritic
+from lightning_mmd.penalties import (
+    PenalisedCritic,
+    penalised_critic,
+    rkhs_norm_penalty,
+    warn_of_kinks,
+)
+from lightning_mmd.pushforward import evaluate_critic, full_precision, trainable_parameters
+from lightning_mmd.witness import MeanEmbedding, solve_embedding
+
+__all__ = ["MMDGAN"]
+
+
+class MMDGAN(LightningModule):
+    r"""A generator trained against a kernel critic with the parametric-gradient and RKHS penalties.
+
+    .. math:: \min_\theta \max_f \; E f(x) - E f(G_\theta(z))
+        - \frac\alpha2 \| E_z \nabla_\theta f(G_\theta(z)) \|^2 - \frac\beta2 \|f\|_H^2
+
+    ``critic_mode="closed_form"`` solves the inner problem for the weights w of
+    :math:`f = \langle w, \phi_\omega\rangle` by a few conjugate-gradient iterations an update,
+    started from the last weights. The features take one ascent step with w held, and the generator
+    moves along L f: a gradient flow of MMD^2 in the current features. ``"adversarial"`` trains w and
+    the features by gradient ascent.
+
+    One batch is one critic step, and every ``critic_steps``-th batch moves the generator too.
+    ``trainer.global_step`` counts generator updates only, so ``max_steps``, checkpoints, loggers and
+    averages are all on that clock. Latents and dropout masks are functions of (seed, rank, critic
+    step), so that processes differ and a resumed run goes on as if never stopped. It runs on plain
+    ``strategy="ddp"``.
+
+    Args:
+        generator: Any module from latents to samples.
+        critic: ``LearnedKernelCritic``; in adversarial mode any module from samples to values (n,)
+            or (n, 1).
+        latent_dim: Length of a standard normal latent vector. Not needed with ``sample_latents``.
+        alpha: Weight of the parametric-gradient penalty, >= 0.
+        beta: Weight of the RKHS norm, >= 0; in closed form beta / alpha damps the step.
+        critic_mode: ``closed_form`` or ``adversarial``.
+        critic_steps: Critic steps, each on a batch of its own, for one generator update, >= 1.
+        eta: Closed form without a ``generator_optimizer``: the generator moves by plain gradient
+            descent with learning rate eta * alpha (eta * beta if alpha is 0), in (0, 1] for a
+            descent. The natural time of the flow is eta a step.
+        witness_iterations: Closed form: most conjugate-gradient iterations an update, >= 0.
+        witness_tolerance: Closed form: relative residual at which the iterations stop, > 0.
+        penalty_method: Adversarial: ``forward``, ``double_backward`` or ``finite_difference``, see
+            ``parametric_gradient_penalty``.
+        penalty_estimator: Adversarial: ``batch``, ``split``, or ``lagged``, which takes the mean
+            gradient of the last generator update for an independent estimate of L f.
+        generator_optimizer: Callable from parameters to an optimizer. Default: closed form, SGD as
+            under ``eta``; adversarial, Adam(lr=5e-4, betas=(0, 0.9)).
+        critic_optimizer: Likewise, for the critic (in closed form: its features). Default:
+            Adam(lr=5e-4, betas=(0, 0.9)), in adversarial mode lr=1e-3.
+        generator_scheduler: Callable from an optimizer to a learning-rate scheduler, stepped after
+            each generator update.
+        critic_scheduler: Likewise, stepped after each critic step.
+        generator_clip_norm: Largest norm of the generator's gradient, > 0; default: no clipping.
+        critic_clip_norm: Likewise for the critic.
+        sample_latents: Callable from a number n to latents for n samples, drawn from torch's global
+            random state (it is seeded for each batch). Default: standard normal (n, latent_dim).
+        seed: Seed of latents and dropout.
+
+    Raises:
+        ValueError: If a number is out of its range, or neither ``latent_dim`` nor
+            ``sample_latents`` is given.
+        TypeError: If the critic does not suit the mode or has no RKHS norm though beta > 0.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        latent_dim: int | None = None,
+        alpha: float = 1.0,
+        beta: float = 1e-2,
+        critic_mode: Literal["closed_form", "adversarial"] = "closed_form",
+        critic_steps: int = 1,
+        eta: float = 0.4,
+        witness_iterations: int = 3,
+        witness_tolerance: float = 1e-3,
+        penalty_method: Literal["forward", "double_backward", "finite_difference"] = "forward",
+        penalty_estimator: Literal["batch", "split", "lagged"] = "batch",
+        generator_optimizer: OptimizerCallable | None = None,
+        critic_optimizer: OptimizerCallable | None = None,
+        generator_scheduler: LRSchedulerCallable | None = None,
+        critic_scheduler: LRSchedulerCallable | None = None,
+        generator_clip_norm: float | None = None,
+        critic_clip_norm: float | None = None,
+        sample_latents: Callable[[int], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            eta=eta,
+            witness_tolerance=witness_tolerance,
+            critic_steps=critic_steps,
+            generator_clip_norm=generator_clip_norm,
+            critic_clip_norm=critic_clip_norm,
+            latent_dim=latent_dim,
+        )
+        _check_critic(critic, critic_mode, alpha, beta)
+        if latent_dim is None and sample_latents is None:
+            raise ValueError(
+                "MMDGAN needs to know what the generator takes: give latent_dim, the length of a "
+                "standard normal latent vector, or sample_latents, a callable from n to latents."
+            )
+        # Built by a command line, all arguments are recorded as class paths and a checkpoint loads
+        # by its path alone. Modules that were built in Python cannot be recorded so.
+        by_command_line = _given_hyperparameters.get() is not None
+        self.save_hyperparameters(ignore=[] if by_command_line else _NOT_RECORDED)
+        self.automatic_optimization = False
+        self.generator = generator
+        self.critic = critic
+        self.latent_dim = latent_dim
+        self.alpha = alpha
+        self.beta = beta
+        self.critic_mode = critic_mode
+        self.critic_steps = critic_steps
+        self.eta = eta
+        self.witness_iterations = witness_iterations
+        self.witness_tolerance = witness_tolerance
+        self.penalty_method = penalty_method
+        self.penalty_estimator = penalty_estimator
+        self.generator_optimizer = generator_optimizer
+        self.critic_optimizer = critic_optimizer
+        self.generator_scheduler = generator_scheduler
+        self.critic_scheduler = critic_scheduler
+        self.generator_clip_norm = generator_clip_norm
+        self.critic_clip_norm = critic_clip_norm
+        self.seed = seed
+        self._draw_latents = sample_latents
+        self.critic_step = 0
+        self.images_seen = 0
+        self.cumulative_lr = 0.0
+        self._lagged_direction: Tensor | None = None
+
+    # Sampling
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the generator's samples for latents z."""
+        return self.generator(z)
+
+    def sample_latents(self, num: int) -> Tensor:
+        """Draw latents from torch's global random state; equal on every device.
+
+        Args:
+            num: How many.
+
+        Returns:
+            Latents for ``num`` samples, on the model's device.
+        """
+        if self._draw_latents is not None:
+            return self._draw_latents(num).to(self.device)
+        return torch.randn(num, self.latent_dim or 0, dtype=self._latent_dtype).to(self.device)
+
+    def fixed_latents(self, num: int, seed: int = 0) -> Tensor:
+        """Return latents that depend on the seed alone; torch's random state is left as it is.
+
+        Args:
+            num: How many.
+            seed: Which.
+
+        Returns:
+            Latents for ``num`` samples, on the model's device.
+        """
+        with self._seeded(seed):
+            return self.sample_latents(num)
+
+    @torch.no_grad()
+    def sample(self, num: int, latents: Tensor | None = None) -> Tensor:
+        """Generate samples in eval mode.
+
+        Args:
+            num: How many, >= 1; the length of ``latents`` if these are given.
+            latents: Latents to use; default: fresh ones from torch's global random state.
+
+        Returns:
+            Samples of shape (num, ...), on the model's device.
+
+        Raises:
+            ValueError: If ``num`` does not fit.
+        """
+        if num < 1 or (latents is not None and len(latents) != num):
+            length = "none" if latents is None else len(latents)
+            raise ValueError(f"sample needs num >= 1 and as many latents, got {num} and {length}.")
+        with _evaluating(self.generator):
+            return self.generator(self.sample_latents(num) if latents is None else latents)
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Check on two samples that latents, generator and critic fit, before anything moves."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "precision='16-mixed' is not supported: gradients of penalties under a loss scale "
+                "overflow. Use 'bf16-mixed' or '32-true'."
+            )
+        if self.alpha > 0:
+            warn_of_kinks(self.critic)
+        z = self.fixed_latents(2)
+        try:
+            x = self.sample(2, z)
+        except Exception as error:
+            raise ValueError(
+                f"the generator {type(self.generator).__name__} does not take latents of shape "
+                f"{tuple(z.shape)}: {error}. Set latent_dim (now {self.latent_dim}) to what it "
+                "takes, or give sample_latents."
+            ) from error
+        with torch.no_grad(), _evaluating(self.critic):
+            evaluate_critic(self.critic, x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Make one critic step and, every ``critic_steps``-th time, one generator update.
+
+        Args:
+            batch: Real samples (n, ...), alone or first in a tuple or list.
+            batch_idx: Not used.
+
+        Raises:
+            ValueError: If the data hold NaN or do not have the generator's shape.
+            RuntimeError: If training has diverged.
+        """
+        real = _samples_of(batch)
+        moves_generator = (self.critic_step + 1) % self.critic_steps == 0
+        update = {"closed_form": self._closed_form_step, "adversarial": self._adversarial_step}
+        with self._seeded(self.seed, self.global_rank, self.critic_step):
+            metrics = update[self.critic_mode](real, moves_generator)
+        self.critic_step += 1
+        self.images_seen += len(real) * self.trainer.world_size
+        metrics |= {
+            "critic_step": self.critic_step,
+            "images_seen": self.images_seen,
+            "cumulative_lr": self.cumulative_lr,
+            "step": self.trainer.global_step,  # the axis that loggers use
+        }
+        self.log_dict({name: float(value) for name, value in metrics.items()})
+        self.log("gap", float(metrics["critic/gap"]), prog_bar=True, logger=False)
+
+    def _closed_form_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
+        critic = self.critic
+        z = self.sample_latents(len(real))
+        parameters = self._generator_parameters
+        embedding = MeanEmbedding(
+            critic.embed, self.generator, z, parameters, reduce=self._mean_over_processes
+        )
+        self._check_shapes(real, embedding.samples)
+        with full_precision(self.device):
+            real_mean = critic.embed(real).mean(0)
+        gap = self._mean_over_processes(real_mean.detach()) - embedding.mean
+        self._check_finite(gap, real)
+        solution = solve_embedding(
+            embedding,
+            gap,
+            alpha=self.alpha,
+            beta=self.beta,
+            tolerance=self.witness_tolerance,
+            max_iterations=self.witness_iterations,
+            initial=critic.weights.detach() if self.critic_step else None,
+        )
+        w = solution.weights
+        # The features ascend <w, delta> - alpha/2 ||L f||^2, whose gradient holds w (envelope).
+        slope = (embedding.witness_gradient(w) * solution.tangents).sum()
+        objective = w @ (real_mean - embedding.local_mean) - self.alpha * slope
+        metrics = self._metrics(
+            gap=gap @ w,
+            parametric_penalty=solution.parametric_gradient.square().sum(),
+            rkhs_penalty=w.square().sum(),
+        )
+        metrics |= {
+            "witness/mmd2": solution.mmd2,
+            "witness/regularised_mmd2": solution.regularised_mmd2,
+            "witness/residual": solution.residual,
+            "witness/iterations": solution.num_iterations,
+            "critic/gradient_norm": self._descend(1, -objective, self._critic_parameters),
+        }
+        critic.weights.data.copy_(w)
+        if moves_generator:
+            gradients = [-solution.parametric_gradient]
+            metrics["generator/gradient_norm"] = self._move(0, parameters.values(), gradients)
+        return metrics
+
+    def _adversarial_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
+        on_fake = self._penalised_critic(self.sample_latents(len(real)), real)
+        on_real = evaluate_critic(self.critic, real)
+        gap = on_real.mean() - on_fake.values.mean()
+        rkhs = rkhs_norm_penalty(self.critic) if self.beta else gap.new_zeros(())
+        objective = gap - self.alpha / 2 * on_fake.penalty - self.beta / 2 * rkhs
+        self._check_finite(objective, real)
+        metrics = self._metrics(gap=gap, parametric_penalty=on_fake.penalty, rkhs_penalty=rkhs)
+        metrics["critic/gradient_norm"] = self._descend(1, -objective, self._critic_parameters)
+        if moves_generator:
+            fake = self.generator(self.sample_latents(len(real)))
+            loss = -evaluate_critic(self.critic, fake).mean()
+            parameters = list(self._generator_parameters.values())
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            metrics["generator/gradient_norm"] = self._move(0, parameters, gradients)
+        return metrics
+
+    def _penalised_critic(self, z: Tensor, real: Tensor) -> PenalisedCritic:
+        if self.alpha == 0:
+            with torch.no_grad():
+                fake = self.generator(z)
+            self._check_shapes(real, fake)
+            values = evaluate_critic(self.critic, fake)
+            return PenalisedCritic(values.new_zeros(()), values, values.new_zeros(0))
+        if self.critic_step == 0:
+            with torch.no_grad(), _evaluating(self.generator):
+                self._check_shapes(real, self.generator(z[:1]))
+        lagged = self.penalty_estimator == "lagged"
+        return penalised_critic(
+            self.critic,
+            self.generator,
+            z,
+            self.penalty_method,
+            estimator="split" if self.penalty_estimator == "split" else "batch",
+            direction=self._lagged_direction if lagged else None,
+            parameters=self._generator_parameters,
+            reduce=self._mean_over_processes,
+        )
+
+    def _metrics(self, gap: Tensor, parametric_penalty: Tensor, rkhs_penalty: Tensor) -> dict:
+        """The critic's objective by terms; a share is a term's part of their absolute sum."""
+        weighted = {
+            "parametric": self.alpha / 2 * parametric_penalty.detach(),
+            "rkhs": self.beta / 2 * rkhs_penalty.detach(),
+        }
+        total = gap.detach().abs() + sum(term.abs() for term in weighted.values())
+        return {
+            "critic/gap": gap.detach(),
+            "critic/parametric_penalty": parametric_penalty.detach(),
+            "critic/parametric_gradient_norm": parametric_penalty.detach().clamp_min(0).sqrt(),
+            "critic/rkhs_penalty": rkhs_penalty.detach(),
+        } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
+
+    def _descend(self, index: int, loss: Tensor, parameters: Mapping[str, Tensor]) -> float:
+        if not parameters:
+            return 0.0
+        gradients = torch.autograd.grad(
+            loss, list(parameters.values()), materialize_grads=True, allow_unused=True
+        )
+        return self._move(index, parameters.values(), gradients)
+
+    def _move(self, index: int, parameters: Iterable[Tensor], gradients: Iterable[Tensor]) -> float:
+        """Average gradients over processes, clip, and step one optimizer and its scheduler.
+
+        Gradients come from ``torch.autograd.grad`` and are averaged here by one collective, never
+        by a reducer's hooks: that is what makes plain ``strategy="ddp"`` work with two networks.
+        Returns the gradient's norm before clipping.
+        """
+        gradient = torch.cat([g.reshape(-1) for g in gradients])
+        if index == 1 or self.critic_mode == "adversarial":  # L f in closed form is global already
+            gradient = self._mean_over_processes(gradient)
+        if index == 0 and self.penalty_estimator == "lagged":
+            self._lagged_direction = -gradient
+        norm = float(gradient.norm())
+        limit = (self.generator_clip_norm, self.critic_clip_norm)[index]
+        if limit is not None and norm > limit:
+            gradient = gradient * (limit / norm)
+        parameters = list(parameters)
+        for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+            p.grad = g.view_as(p)
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        if index == 0:
+            self.cumulative_lr += optimizer.param_groups[0]["lr"]
+        else:  # Lightning counts a step of any optimizer in global_step: the critic's are not to be
+            optimizer._on_before_step = optimizer._on_after_step = _no_op
+        optimizer.step()
+        optimizer.zero_grad()
+        for scheduler in self._schedulers(optimizer.optimizer):
+            scheduler.step()
+        return norm
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the critic's gap between held-out data and fresh samples, as ``val/gap``."""
+        self._log_gap("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the critic's gap between test data and fresh samples, as ``test/gap``."""
+        self._log_gap("test", batch, batch_idx)
+
+    def _log_gap(self, stage: str, batch: Any, batch_idx: int) -> None:
+        real = _samples_of(batch)
+        latents = self.fixed_latents(len(real), _counter_seed(self.global_rank, batch_idx))
+        fake = self.sample(len(real), latents)
+        gap = evaluate_critic(self.critic, real).mean() - evaluate_critic(self.critic, fake).mean()
+        self.log(f"{stage}/gap", gap, batch_size=len(real), sync_dist=True)
+        self.log("step", float(self.trainer.global_step), logger=True)
+
+    # Optimizers
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        """Build the optimizers of generator and critic, in this order, and their schedulers.
+
+        Returns:
+            Optimizers and schedulers.
+
+        Raises:
+            ValueError: If a scheduler needs a metric.
+        """
+        closed_form = self.critic_mode == "closed_form"
+        generator_optimizer = self.generator_optimizer or (self._sgd if closed_form else _adam)
+        critic_optimizer = self.critic_optimizer or (_adam if closed_form else _fast_adam)
+        optimizers = [generator_optimizer(self._generator_parameters.values())]
+        if self._critic_parameters:  # fixed features leave nothing to train in closed form
+            optimizers.append(critic_optimizer(self._critic_parameters.values()))
+        builders = (self.generator_scheduler, self.critic_scheduler)
+        schedulers = [
+            build(optimizer)
+            for build, optimizer in zip(builders, optimizers, strict=False)
+            if build is not None
+        ]
+        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+            raise ValueError(
+                "schedulers are stepped after each update without a metric, so ReduceLROnPlateau "
+                "cannot be used here. Use a schedule of the number of updates."
+            )
+        return optimizers, schedulers
+
+    def _sgd(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.eta * (self.alpha or self.beta))
+
+    def _schedulers(self, optimizer: torch.optim.Optimizer) -> list[LRScheduler]:
+        schedulers = self.lr_schedulers() or []
+        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+        return [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+
+    @property
+    def _generator_parameters(self) -> dict[str, nn.Parameter]:
+        return trainable_parameters(self.generator)
+
+    @property
+    def _critic_parameters(self) -> dict[str, nn.Parameter]:
+        solved = {"weights"} if self.critic_mode == "closed_form" else set()
+        named = self.critic.named_parameters()
+        return {n: p for n, p in named if p.requires_grad and n not in solved}
+
+    # State
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the counters and the lagged direction."""
+        checkpoint["mmdgan"] = {
+            "critic_step": self.critic_step,
+            "images_seen": self.images_seen,
+            "cumulative_lr": self.cumulative_lr,
+            "lagged_direction": self._lagged_direction,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters and the lagged direction."""
+        state = checkpoint["mmdgan"]
+        self.critic_step = state["critic_step"]
+        self.images_seen = state["images_seen"]
+        self.cumulative_lr = state["cumulative_lr"]
+        self._lagged_direction = state["lagged_direction"]
+
+    # Pieces
+
+    @property
+    def _latent_dtype(self) -> torch.dtype:
+        return next(p for p in self.generator.parameters() if p.is_floating_point()).dtype
+
+    def _mean_over_processes(self, tensor: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return tensor
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
+
+    @contextmanager
+    def _seeded(self, *counters: int) -> Iterator[None]:
+        """Run with random numbers that are a function of the counters; restore the state after."""
+        on_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_cuda else []):
+            torch.manual_seed(_counter_seed(*counters))
+            yield
+
+    def _check_shapes(self, real: Tensor, fake: Tensor) -> None:
+        if real.shape[1:] != fake.shape[1:]:
+            raise ValueError(
+                f"the data have samples of shape {tuple(real.shape[1:])}, but the generator makes "
+                f"{tuple(fake.shape[1:])}. Give the generator that shape, or resize the data."
+            )
+
+    def _check_finite(self, value: Tensor, real: Tensor) -> None:
+        if torch.isfinite(value).all():
+            return
+        if not torch.isfinite(real).all():
+            raise ValueError(
+                "a batch of real data holds NaN or infinite values. Clean the data set; nothing "
+                f"was updated with this batch (generator update {self.trainer.global_step})."
+            )
+        raise RuntimeError(
+            f"training has diverged: the critic's objective is not finite at generator update "
+            f"{self.trainer.global_step}. Lower the learning rates (or eta), or raise alpha or "
+            "beta; the last checkpoint is from before this update."
+        )
+
+
+_NOT_RECORDED = [
+    "generator",
+    "critic",
+    "generator_optimizer",
+    "critic_optimizer",
+    "generator_scheduler",
+    "critic_scheduler",
+    "sample_latents",
+]
+
+
+def _adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=5e-4, betas=(0.0, 0.9))
+
+
+def _fast_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.9))
+
+
+def _no_op() -> None:
+    pass
+
+
+def _counter_seed(*counters: int) -> int:
+    """Hash counters to a seed: neighbouring counters give unrelated streams."""
+    digest = hashlib.sha256(repr(counters).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _samples_of(batch: Any) -> Tensor:
+    samples = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(samples, Tensor) or not samples.is_floating_point():
+        kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+        raise TypeError(
+            "a batch must be a floating-point tensor of real samples, alone or first in a tuple, "
+            f"got {kind}. Convert the data in the data module, images to [-1, 1]."
+        )
+    return samples
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _check_positive(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {number}.")
+
+
+def _check_critic(critic: nn.Module, critic_mode: str, alpha: float, beta: float) -> None:
+    for name, weight in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {weight}.")
+    if critic_mode == "adversarial":
+        if beta > 0:
+            rkhs_norm_penalty(critic)
+    elif critic_mode != "closed_form":
+        raise ValueError(
+            f"critic_mode must be 'closed_form' or 'adversarial', got {critic_mode!r}."
+        )
+    elif not isinstance(critic, LearnedKernelCritic):
+        raise TypeError(
+            "critic_mode='closed_form' solves for the weights of a LearnedKernelCritic, got "
+            f"{type(critic).__name__}. Wrap your network: LearnedKernelCritic(features, "
+            "num_features), or use critic_mode='adversarial'."
+        )
+    elif alpha + beta == 0:
+        raise ValueError("critic_mode='closed_form' needs alpha > 0 or beta > 0, got both zero.")

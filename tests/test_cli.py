@@ -1,0 +1,196 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd.cli import main
+from lightning_mmd.networks import MLPFeatures, MLPGenerator
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHORT = ["--trainer.max_steps=4", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(autouse=True)
+def single_precision_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*args, config="digits.yaml"):
+    main(["fit", "--config", str(CONFIGS / config), *SHORT, *args])
+
+
+@pytest.fixture
+def checkpoint(tmp_path, capsys):
+    """A checkpoint of a short run on the digits, made by the command line."""
+    fit("--trainer.callbacks.every_n_train_steps=2")  # of the last callback, ModelCheckpoint
+    (path,) = tmp_path.glob("runs/digits/version_0/checkpoints/*.ckpt")
+    capsys.readouterr()
+    return path
+
+
+def test_fit_ends_with_a_summary_of_files_that_exist(tmp_path, capsys):
+    fit("--trainer.callbacks.every_n_train_steps=2")
+    first, samples, checkpoint = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert "4 generator updates: MMD^2 1." in first
+    assert "real against real" in first
+    for line, suffix in ((samples, "step=000004.png"), (checkpoint, "step=4.ckpt")):
+        path = Path(line.split(":")[1].strip())
+        assert path.name.endswith(suffix)
+        assert path.is_file()
+
+
+def test_a_checkpoint_loads_by_its_path_alone(checkpoint):
+    model = MMDGAN.load_from_checkpoint(checkpoint)
+    assert model.critic_step == 4
+    assert model.sample(3).shape == (3, 1, 8, 8)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name])
+
+
+def test_fit_test_and_sample_take_a_checkpoint(checkpoint, tmp_path, capsys):
+    fit(f"--ckpt_path={checkpoint}", "--trainer.max_steps=6")
+    assert "6 generator updates" in capsys.readouterr().out
+    main(["test", "--config", str(CONFIGS / "digits.yaml"), f"--ckpt_path={checkpoint}"])
+    assert "test/mmd2" in capsys.readouterr().out
+    main(["sample", f"--ckpt_path={checkpoint}", "--num=6", "--num_columns=3", "--output=a/b.png"])
+    with Image.open(tmp_path / "a/b.png") as image:
+        assert image.size == (2 + 3 * 10, 2 + 2 * 10)
+        assert len(image.convert("L").getcolors()) > 20
+    main(["validate", "--config", str(CONFIGS / "digits.yaml"), f"--ckpt_path={checkpoint}"])
+    assert "val/gap" in capsys.readouterr().out
+
+
+def test_a_run_resumed_by_the_command_line_is_the_uninterrupted_one(checkpoint, tmp_path):
+    """Digits have 5 batches an epoch: 4 + 4 updates resume inside one. Order is not kept there,
+
+    so the comparison is of counters and schedule, not of weights.
+    """
+    fit(
+        f"--ckpt_path={checkpoint}",
+        "--trainer.max_steps=8",
+        "--trainer.callbacks.every_n_train_steps=4",
+    )
+    (path,) = tmp_path.glob("runs/digits/version_1/checkpoints/*step=8.ckpt")
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] == 8
+    assert state["mmdgan"]["critic_step"] == 8
+    assert state["mmdgan"]["images_seen"] == 8 * 256
+
+
+def test_wandb_offline_holds_scalars_and_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fit(
+        "--config",
+        str(CONFIGS / "loggers/wandb.yaml"),
+        "--trainer.logger.init_args.offline=true",
+        "--trainer.log_every_n_steps=1",
+    )
+    import wandb
+
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["trainer/global_step"] == summary["critic_step"] == 4
+    assert summary["critic/parametric_gradient_norm"] > 0
+    assert 0 < summary["val/mmd2"] < 2
+    (run,) = tmp_path.glob("runs/wandb/offline-run-*")
+    assert len(list(run.glob("files/media/images/samples*.png"))) == 2
+    log, deadline = next(run.glob("*.wandb")), time.monotonic() + 20
+    while log.read_bytes().count(b"critic/gap") < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)  # W&B's own process writes the file
+    assert log.read_bytes().count(b"critic/gap") >= 4
+
+
+def test_wandb_without_a_login_goes_offline_instead_of_asking(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lightning_mmd.cli",
+            "fit",
+            "--config",
+            CONFIGS / "digits.yaml",
+            "--config",
+            CONFIGS / "loggers/wandb.yaml",
+            *SHORT,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "no Weights & Biases login is configured" in process.stderr
+    assert list(tmp_path.glob("runs/wandb/offline-run-*"))
+
+
+def test_tensorboard_composes(tmp_path):
+    fit("--config", str(CONFIGS / "loggers/tensorboard.yaml"), "--trainer.log_every_n_steps=1")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log_dir,) = tmp_path.glob("runs/digits/version_0")
+    events = EventAccumulator(str(log_dir))
+    events.Reload()
+    assert [event.step for event in events.Scalars("critic/gap")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Images("samples")] == [0, 4]
+
+
+def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys):
+    with pytest.raises(SystemExit):
+        fit("--print_config")
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["alpha"] == 1.0
+    assert config["model"]["generator"]["class_path"].endswith("ConvGenerator")
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Weight of the parametric-gradient penalty, >= 0." in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "lightning-mmd sample" in capsys.readouterr().out
+
+
+def test_bad_input_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fit("--trainer.callbacks+=MMDTracker", "--trainer.callbacks.kernel=Gausian")
+    assert "Gausian" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fit("--model.alpha=-1", "--model.nonsense=3")
+    assert "nonsense" in capsys.readouterr().err
+    with pytest.raises((ValueError, SystemExit), match="alpha"):
+        fit("--model.alpha=-1")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        fit("--ckpt_path=nowhere.ckpt")
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(b"not a checkpoint")
+    for command in (["sample"], ["fit", "--config", str(CONFIGS / "digits.yaml")]):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            main([*command, f"--ckpt_path={damaged}"])
+    with pytest.raises(FileNotFoundError, match="download: true"):
+        fit("--data.init_args.download=false", config="mnist.yaml")
+    assert not list(tmp_path.glob("runs/*/*/checkpoints"))  # nothing half-done
+
+
+def test_sample_says_why_a_module_made_in_python_does_not_load(tmp_path):
+    from lightning.pytorch import Trainer
+
+    critic = LearnedKernelCritic(MLPFeatures(2, 4), 4)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=0)
+    trainer.strategy.connect(MMDGAN(MLPGenerator(2, 3), critic, latent_dim=3))
+    trainer.save_checkpoint(tmp_path / "python.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="made in Python"):
+        main(["sample", f"--ckpt_path={tmp_path / 'python.ckpt'}"])

@@ -1,0 +1,378 @@
+import copy
+import csv
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_mmd import (
+    Gaussian,
+    LearnedKernelCritic,
+    MMDGAN,
+    RandomFourierFeatures,
+    mmd2_unbiased,
+    parametric_gradient,
+)
+from lightning_mmd.networks import MLPFeatures, MLPGenerator
+from lightning_mmd.penalties import KinkedCriticWarning
+
+MODES = ["closed_form", "adversarial"]
+
+
+def ring(num):
+    angles = torch.arange(num) * 2 * torch.pi / 8
+    return torch.stack([angles.cos(), angles.sin()], 1) + 0.05 * torch.randn(num, 2)
+
+
+def make_model(critic_mode="closed_form", **kwargs):
+    torch.manual_seed(0)
+    critic = LearnedKernelCritic(MLPFeatures(2, 16, (16,)), 16)
+    kwargs = {"latent_dim": 3, "alpha": 1.0, "beta": 0.1, "critic_mode": critic_mode} | kwargs
+    return MMDGAN(MLPGenerator(2, 3, (16,)), critic, **kwargs)
+
+
+def loader(num=64, batch_size=16):
+    torch.manual_seed(1)
+    return DataLoader(ring(num), batch_size=batch_size)
+
+
+def trainer(max_steps, tmp_path, **kwargs):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "log_every_n_steps": 1}
+    return Trainer(
+        max_steps=max_steps, max_epochs=-1, default_root_dir=tmp_path, **(quiet | kwargs)
+    )
+
+
+class CountSteps(Callback):
+    """Count the real steps of each optimizer, below Lightning."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.counts = [0] * len(trainer.optimizers)
+        for index, optimizer in enumerate(trainer.optimizers):
+            optimizer.register_step_post_hook(lambda *_, index=index: self._count(index))
+
+    def _count(self, index):
+        self.counts[index] += 1
+
+
+@pytest.mark.parametrize("critic_mode", MODES)
+def test_max_steps_counts_generator_updates(critic_mode, tmp_path):
+    count, checkpoints = (
+        CountSteps(),
+        ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1),
+    )
+    model = make_model(critic_mode, critic_steps=5)
+    fit = trainer(20, tmp_path, callbacks=[count, checkpoints], enable_checkpointing=True)
+    fit.fit(model, loader())
+    assert count.counts == [20, 100]
+    assert fit.global_step == 20
+    assert (model.critic_step, model.images_seen) == (100, 1600)
+    assert sorted(path.stem.split("-")[1] for path in tmp_path.glob("*.ckpt")) == [
+        "step=14",
+        "step=7",
+    ]
+
+
+def test_scalars_are_logged_on_the_axis_of_generator_updates(tmp_path):
+    logger = CSVLogger(tmp_path)
+    model = make_model("adversarial", critic_steps=2)
+    trainer(6, tmp_path, logger=logger).fit(model, loader())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["critic/gap"]]
+    assert {int(row["step"]) for row in rows} == set(range(7))
+    assert [float(row["critic_step"]) for row in rows][-1] == 12
+    last = {name: float(value) for name, value in rows[-1].items() if value}
+    assert last["images_seen"] == 192
+    assert last["cumulative_lr"] == pytest.approx(6 * 5e-4)
+    gap, penalty, rkhs = (
+        last[f"critic/{name}"] for name in ("gap", "parametric_penalty", "rkhs_penalty")
+    )
+    total = abs(gap) + penalty / 2 + 0.05 * rkhs
+    assert last["critic/parametric_share"] == pytest.approx(penalty / 2 / total)
+    assert last["critic/rkhs_share"] == pytest.approx(0.05 * rkhs / total)
+    assert last["critic/parametric_gradient_norm"] == pytest.approx(penalty**0.5)
+    assert last["generator/gradient_norm"] > 0
+    assert last["critic/gradient_norm"] > 0
+
+
+def test_a_closed_form_update_is_the_formula(tmp_path):
+    """One update against a dense solve by explicit Jacobians."""
+    real = ring(16)
+    model = make_model(witness_iterations=50, witness_tolerance=1e-12)
+    model.critic.weights.data.zero_()
+    before = copy.deepcopy(model)
+    trainer(1, tmp_path).fit(model, DataLoader(real, batch_size=16))
+    with before._seeded(0, 0, 0):
+        z = before.sample_latents(16)
+    parameters = dict(before.generator.named_parameters())
+
+    def embedding(values):
+        return before.critic.embed(torch.func.functional_call(before.generator, values, z)).mean(0)
+
+    blocks = torch.func.jacrev(embedding)(parameters)
+    jacobian = torch.cat([block.reshape(16, -1) for block in blocks.values()], 1)
+    gap = before.critic.embed(real).mean(0) - embedding(parameters)
+    w = torch.linalg.solve(jacobian @ jacobian.T + 0.1 * torch.eye(16), gap)
+    torch.testing.assert_close(model.critic.weights.data, w, rtol=1e-8, atol=1e-10)
+    moved = nn.utils.parameters_to_vector(model.generator.parameters())
+    start = nn.utils.parameters_to_vector(before.generator.parameters())
+    torch.testing.assert_close(moved - start, 0.4 * jacobian.T @ w, rtol=1e-8, atol=1e-10)
+    # The features moved by Adam along the gradient of <w, delta> - 1/2 ||J^T w||^2 with w held.
+    features = before.critic.features
+    objective = w.detach() @ (before.critic.embed(real).mean(0) - embedding(parameters))
+    slope = torch.autograd.grad(
+        w.detach() @ embedding(parameters), list(parameters.values()), create_graph=True
+    )
+    objective = objective - 0.5 * sum(g.square().sum() for g in slope)
+    optimizer = torch.optim.Adam(features.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    for p, g in zip(
+        features.parameters(),
+        torch.autograd.grad(-objective, list(features.parameters())),
+        strict=True,
+    ):
+        p.grad = g
+    optimizer.step()
+    for ours, theirs in zip(model.critic.features.parameters(), features.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_an_adversarial_update_is_the_formula(tmp_path):
+    """One update against naive double backward and plain optimizers."""
+    real = ring(16)
+    model = make_model("adversarial", alpha=3.0, beta=0.2)
+    twin = copy.deepcopy(model)
+    trainer(1, tmp_path).fit(model, DataLoader(real, batch_size=16))
+    with twin._seeded(0, 0, 0):
+        z, fresh = twin.sample_latents(16), twin.sample_latents(16)
+    critic, generator = twin.critic, twin.generator
+    gap = critic(real).mean() - critic(generator(z)).mean()
+    slope = torch.autograd.grad(
+        critic(generator(z)).mean(), list(generator.parameters()), create_graph=True
+    )
+    loss = -gap + 1.5 * sum(g.square().sum() for g in slope) + 0.1 * critic.rkhs_norm2()
+    gradients = torch.autograd.grad(loss, list(critic.parameters()))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    for p, g in zip(critic.parameters(), gradients, strict=True):
+        p.grad = g
+    optimizer.step()
+    optimizer = torch.optim.Adam(generator.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    optimizer.zero_grad()
+    (-critic(generator(fresh)).mean()).backward(inputs=list(generator.parameters()))
+    optimizer.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_closed_form_descends_on_fixed_features(tmp_path):
+    critic = LearnedKernelCritic(nn.Identity(), 2, RandomFourierFeatures(Gaussian(0.7), 2, 128))
+    torch.manual_seed(0)
+    model = MMDGAN(
+        MLPGenerator(2, 3, (32, 32)), critic, latent_dim=3, beta=0.03, eta=0.3, witness_iterations=8
+    )
+    held_out = ring(400)
+    start = mmd2_unbiased(held_out, model.sample(400, model.fixed_latents(400)), Gaussian(0.5))
+    trainer(120, tmp_path).fit(model, loader(512, 256))
+    end = mmd2_unbiased(held_out, model.sample(400, model.fixed_latents(400)), Gaussian(0.5))
+    assert end < start / 20
+    assert model.critic_step == 120
+    assert model._generator_parameters  # the critic has nothing to train: one optimizer
+    assert not model._critic_parameters
+
+
+@pytest.mark.parametrize("critic_mode", MODES)
+def test_resume_goes_on_bit_for_bit(critic_mode, tmp_path):
+    """Six updates at once against two, a checkpoint, and four more; global seeds differ.
+
+    Every batch is the same, since Lightning begins an epoch anew when a plain loader is resumed.
+    """
+    data = loader(16)
+    kwargs = {"critic_steps": 2, "penalty_estimator": "lagged"}
+    kwargs["generator_scheduler"] = lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5)
+    through = make_model(critic_mode, **kwargs)
+    seed_everything(5, verbose=False)
+    trainer(6, tmp_path).fit(through, data)
+    first = make_model(critic_mode, **kwargs)
+    seed_everything(6, verbose=False)
+    half = trainer(2, tmp_path)
+    half.fit(first, data)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    second = make_model(critic_mode, **kwargs)
+    for p in second.parameters():
+        nn.init.constant_(p, 7.0)
+    seed_everything(7, verbose=False)
+    trainer(6, tmp_path).fit(second, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    for (name, p), q in zip(through.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert through.cumulative_lr == second.cumulative_lr
+    assert through.critic_step == second.critic_step == 12
+
+
+def test_training_leaves_the_global_random_state(tmp_path):
+    model = make_model("adversarial")
+    model.generator.layers.append(nn.Dropout(0.1))
+    batches = [ring(16)]
+    before = torch.get_rng_state()
+    trainer(1, tmp_path).fit(
+        model, DataLoader(batches, batch_size=None, generator=torch.Generator())
+    )
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_latents_depend_on_seed_rank_and_step(tmp_path):
+    model = make_model()
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    draws = []
+    for key in keys:
+        with model._seeded(*key):
+            draws.append(model.sample_latents(4))
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(draws[i], draws[j])
+    with model._seeded(0, 0, 0):
+        assert torch.equal(draws[0], model.sample_latents(4))
+
+
+@pytest.mark.parametrize("critic_mode", MODES)
+def test_a_module_built_in_python_resumes_and_loads_with_its_networks(critic_mode, tmp_path):
+    model = make_model(critic_mode)
+    fit = trainer(3, tmp_path)
+    fit.fit(model, loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = make_model(critic_mode)
+    loaded = MMDGAN.load_from_checkpoint(
+        tmp_path / "a.ckpt", generator=fresh.generator, critic=fresh.critic
+    )
+    assert loaded.alpha == 1.0
+    assert loaded.critic_step == 3
+    latents = model.fixed_latents(5)
+    assert torch.equal(loaded.sample(5, latents), model.sample(5, latents))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_parameters_stay(frozen, tmp_path):
+    model = make_model("adversarial")
+    first = model.generator.layers[0]
+    first.weight.requires_grad_(not frozen)
+    start = first.weight.detach().clone()
+    trainer(2, tmp_path).fit(model, loader())
+    assert torch.equal(first.weight, start) == frozen
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
+    model = make_model("adversarial", generator_optimizer=sgd, generator_clip_norm=1e-3)
+    start = nn.utils.parameters_to_vector(model.generator.parameters()).detach().clone()
+    trainer(1, tmp_path).fit(model, loader())
+    moved = nn.utils.parameters_to_vector(model.generator.parameters()).detach() - start
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_sample_is_reproducible_and_restores_modes():
+    model = make_model()
+    dropout = nn.Dropout(0.5)
+    dropout.eval()
+    model.generator.layers.append(nn.Sequential(nn.Dropout(0.9), dropout))
+    torch.manual_seed(3)
+    first = model.sample(6)
+    torch.manual_seed(3)
+    assert torch.equal(first, model.sample(6))
+    assert not first.requires_grad
+    assert model.generator.layers[-1][0].training
+    assert not dropout.training
+
+
+def test_custom_latents(tmp_path):
+    model = make_model(latent_dim=None, sample_latents=lambda n: torch.rand(n, 3))
+    z = model.fixed_latents(100)
+    assert 0 <= z.min() < z.max() <= 1
+    trainer(2, tmp_path).fit(model, loader())
+
+
+def test_lagged_direction_is_the_last_mean_gradient(tmp_path):
+    model = make_model("adversarial", penalty_estimator="lagged")
+    trainer(1, tmp_path).fit(model, loader())
+    twin = make_model("adversarial", penalty_estimator="lagged")
+    twin.critic.load_state_dict(model.critic.state_dict())
+    with twin._seeded(0, 0, 0):
+        twin.sample_latents(16)
+        fresh = twin.sample_latents(16)
+    expected = parametric_gradient(twin.critic, twin.generator, fresh)
+    torch.testing.assert_close(model._lagged_direction, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1"),
+        ({"beta": -0.1}, "beta must be"),
+        ({"alpha": 0.0, "beta": 0.0}, "needs alpha > 0 or beta > 0"),
+        ({"critic_steps": 0}, "critic_steps must be a positive"),
+        ({"eta": float("nan")}, "eta must be"),
+        ({"latent_dim": None}, "needs to know what the generator takes"),
+        ({"critic_mode": "exact"}, "critic_mode must be"),
+        ({"generator_clip_norm": 0.0}, "generator_clip_norm must be"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)
+
+
+def test_critics_that_do_not_suit_are_refused():
+    generator, critic = MLPGenerator(2, 3), MLPFeatures(2, 1)
+    with pytest.raises(TypeError, match="LearnedKernelCritic"):
+        MMDGAN(generator, critic, latent_dim=3)
+    with pytest.raises(TypeError, match="RKHS norm"):
+        MMDGAN(generator, critic, latent_dim=3, critic_mode="adversarial", beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"latent_dim": 5}, ValueError, "does not take latents of shape \\(2, 5\\)"),
+        ({"data": lambda: torch.randn(16, 3)}, ValueError, "samples of shape \\(3,\\)"),
+        ({"data": lambda: torch.full((16, 2), torch.nan)}, ValueError, "holds? NaN"),
+        ({"data": lambda: torch.ones(16, 2, dtype=torch.long)}, TypeError, "floating-point"),
+        ({"precision": "16-mixed"}, ValueError, "bf16-mixed"),
+    ],
+)
+@pytest.mark.parametrize("critic_mode", MODES)
+def test_misfits_stop_before_anything_moves(change, error, message, critic_mode, tmp_path):
+    data = change.get("data", lambda: ring(16))()
+    arguments = {k: v for k, v in change.items() if k not in ("data", "precision")}
+    model = make_model(critic_mode, **arguments)
+    start = copy.deepcopy(model.state_dict())
+    fit = trainer(1, tmp_path)
+    if "precision" in change:
+        fit.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(error, match=message):
+        fit.fit(model, DataLoader(data, batch_size=16))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, start[name]), name
+
+
+def test_a_critic_of_wrong_shape_is_named(tmp_path):
+    model = MMDGAN(
+        MLPGenerator(2, 3), MLPFeatures(2, 4), latent_dim=3, beta=0.0, critic_mode="adversarial"
+    )
+    with pytest.raises(ValueError, match=r"one value a sample.*got \(2, 4\)"):
+        trainer(1, tmp_path).fit(model, loader())
+
+
+def test_divergence_is_named(tmp_path):
+    model = make_model("adversarial")
+    model.critic.weights.data.fill_(1e308)
+    with pytest.raises(RuntimeError, match="training has diverged"):
+        trainer(1, tmp_path).fit(model, loader())
+
+
+def test_relu_critics_are_warned_of(tmp_path):
+    critic = LearnedKernelCritic(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)), 4)
+    model = MMDGAN(MLPGenerator(2, 3), critic, latent_dim=3, beta=0.1)
+    with pytest.warns(KinkedCriticWarning, match="ReLU"):
+        trainer(1, tmp_path).fit(model, loader())
