@@ -1,0 +1,468 @@
+r"""Flows that descend MMD^2: of points, of a generator's parameters, and of points with a critic.
+
+Each flow is an iterator of immutable states, one a step and the start first, so that its user can
+log, stop and save where it pleases. A state holds all that is needed to go on: passed back as
+`initial` it continues bit for bit. `vars(state)` is a dictionary of tensors and numbers for
+`torch.save`, and `State(**saved)` its inverse.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.kernels import Kernel
+from lightning_mmd.mmd import mmd2_biased
+from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule, hessian_constant
+from lightning_mmd.pushforward import trainable_parameters
+from lightning_mmd.witness import (
+    KernelWitness,
+    MeanEmbedding,
+    WitnessConvergenceWarning,
+    solve_embedding,
+)
+
+__all__ = [
+    "GeneratorState",
+    "KernelGANState",
+    "PointState",
+    "generator_flow",
+    "kernel_gan_flow",
+    "point_flow",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class PointState:
+    """A moment of `point_flow`.
+
+    Args:
+        particles: The model sample y, (m, d).
+        step: Number of steps made.
+        time: Sum of the step sizes.
+        mmd2: Biased MMD^2 of target and particles, twice the energy that the flow descends.
+        noise: Level of the noise in the step that led here, 0 at the start.
+        rng_state: State of the generator of the noise, None without noise.
+    """
+
+    particles: Tensor
+    step: int
+    time: float
+    mmd2: float
+    noise: float
+    rng_state: Tensor | None
+
+
+def point_flow(
+    initial: Tensor | PointState,
+    target: Tensor,
+    kernel: Kernel,
+    *,
+    step_size: float,
+    num_steps: int,
+    noise: NoiseSchedule | AdaptiveNoise | None = None,
+    rng: torch.Generator | None = None,
+) -> Iterator[PointState]:
+    r"""Move particles along the MMD flow, with noise injection if asked for.
+
+    .. math:: y \leftarrow y + s\, \nabla f(y + \beta_t u), \quad u \sim N(0, I),
+        \quad f = \mu_x - \mu_y
+
+    Without noise this is explicit Euler for the Wasserstein gradient flow of 1/2 MMD^2, which can
+    come to rest far from the target: particles that see no gradient stay. Noise enters where the
+    gradient is evaluated only; the witness f is that of the particles without noise, and the
+    particles themselves are not perturbed. Cost O(m (n + m)) a step, for `AdaptiveNoise` times the
+    number of levels that it tries.
+
+    Args:
+        initial: Particles y of shape (m, d), or a state to continue from.
+        target: Target sample x of shape (n, d), of the same dtype.
+        kernel: The kernel.
+        step_size: s > 0. Stable while s times the Hessian of the witness stays below 2.
+        num_steps: Number of steps, >= 0.
+        noise: Levels of the noise; none when not given.
+        rng: Where the noise starts, on the particles' device. It is left alone: the flow draws
+            from a copy. A state brings its own.
+
+    Yields:
+        num_steps + 1 states, the start first.
+
+    Raises:
+        ValueError: If an argument is out of range, or noise lacks a rng.
+        TypeError: If `AdaptiveNoise` meets a kernel without a `hessian_constant`.
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370: MMD flow and noise injection.
+
+    Example:
+        >>> from lightning_mmd.kernels import Gaussian
+        >>> x, y = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> *_, last = point_flow(y, x, Gaussian(), step_size=0.5, num_steps=50)
+        >>> last.mmd2 < 1e-10
+        True
+    """
+    _check_steps("point_flow", step_size=step_size, num_steps=num_steps)
+    if not isinstance(initial, PointState):
+        if noise is not None and rng is None:
+            raise ValueError(
+                "point_flow with noise needs a rng: torch.Generator(device).manual_seed(0)."
+            )
+        initial = PointState(
+            particles=initial.detach(),
+            step=0,
+            time=0.0,
+            mmd2=float(mmd2_biased(target, initial.detach(), kernel)),
+            noise=0.0,
+            rng_state=None if noise is None or rng is None else rng.get_state(),
+        )
+    if noise is not None and initial.rng_state is None:
+        raise ValueError(
+            "this state comes from a flow without noise and has no random state. Start from its "
+            "particles, with a rng."
+        )
+    return _point_flow(initial, target, kernel, step_size, num_steps, noise)
+
+
+def _point_flow(
+    state: PointState,
+    target: Tensor,
+    kernel: Kernel,
+    step_size: float,
+    num_steps: int,
+    noise: NoiseSchedule | AdaptiveNoise | None,
+) -> Iterator[PointState]:
+    yield state
+    for _ in range(num_steps):
+        y, rng_state, level, u = state.particles, state.rng_state, 0.0, 0.0
+        witness = KernelWitness(target, y, kernel)
+        if noise is not None and rng_state is not None:
+            rng = torch.Generator(y.device)
+            rng.set_state(rng_state)
+            u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=rng)
+            rng_state = rng.get_state()
+            if isinstance(noise, AdaptiveNoise):
+                level = _adapted_level(noise, state, witness, kernel, u)
+            else:
+                level = noise.level(state.step)
+        y = y + step_size * witness.gradient(y + level * u)
+        state = PointState(
+            particles=y,
+            step=state.step + 1,
+            time=state.time + step_size,
+            mmd2=float(mmd2_biased(target, y, kernel)),
+            noise=level,
+            rng_state=rng_state,
+        )
+        yield state
+
+
+def _adapted_level(
+    noise: AdaptiveNoise, state: PointState, witness: KernelWitness, kernel: Kernel, u: Tensor
+) -> float:
+    def dissipation(beta: float) -> float:
+        return float(witness.gradient(state.particles + beta * u).square().sum(1).mean())
+
+    return noise.level(
+        energy=0.5 * state.mmd2,
+        constant=hessian_constant(kernel) ** 2 * float(u.square().sum(1).mean()),
+        dissipation=dissipation,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratorState:
+    r"""A moment of `generator_flow`.
+
+    Args:
+        parameters: Name to tensor of the generator's trainable parameters; also an argument of
+            `torch.func.functional_call` and, with strict=False, of `load_state_dict`.
+        velocity: J^T w, the flow's direction at these parameters, flat, (P,).
+        weights: w of the witness at these parameters, (r,).
+        step: Number of steps made.
+        time: Sum of the step sizes.
+        energy: F = 1/2 ||delta||^2, half of MMD^2 in the features.
+        regularised_mmd2: 1/2 <delta, w>.
+        rate: dF/dt that the theorem predicts, -(2 / alpha) (F - beta regularised_mmd2); for
+            alpha = 0 its limit, -<delta, D w>.
+        squared_speed: alpha ||D f||^2 + beta <f, D f>, the squared Riemannian speed; equal to -rate
+            but computed on another way.
+        length: Riemannian length of the path so far, the sum of speeds times step sizes.
+        residual: Relative residual of the witness.
+        num_iterations: Conjugate-gradient iterations made for it.
+    """
+
+    parameters: dict[str, Tensor]
+    velocity: Tensor
+    weights: Tensor
+    step: int
+    time: float
+    energy: float
+    regularised_mmd2: float
+    rate: float
+    squared_speed: float
+    length: float
+    residual: float
+    num_iterations: int
+
+
+def generator_flow(
+    generator: nn.Module,
+    z: Tensor,
+    features: Callable[[Tensor], Tensor],
+    target_embedding: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    step_size: float,
+    num_steps: int,
+    tolerance: float = 1e-10,
+    max_iterations: int = 1000,
+    initial: GeneratorState | None = None,
+) -> Iterator[GeneratorState]:
+    r"""Move a generator's parameters along the regularised MMD flow, witness in closed form.
+
+    .. math:: \dot\theta = J^T w, \qquad (\alpha J J^T + \beta I)\, w = \delta,
+        \qquad \dot F = -\frac2\alpha \left(F - \beta\, MMD^2_{\alpha,\beta}\right) \le 0
+
+    by explicit Euler on fixed latents: the textbook for `MMDGAN`. The natural time is alpha: for
+    small beta / alpha, F falls like exp(-2 t / alpha). Each step starts from copies of the
+    generator's buffers, so the flow depends on the parameters alone; the generator is not changed.
+    Layers that draw random numbers (dropout) belong in eval mode.
+
+    Args:
+        generator: Module from latents to samples; where the flow starts.
+        z: Latents of shape (n, ...).
+        features: Feature map from samples to (n, r).
+        target_embedding: Mean features of the target, (r,).
+        alpha: Weight of the parametric-gradient penalty, >= 0.
+        beta: Weight of the RKHS norm, >= 0 and not zero together with alpha.
+        step_size: Time step dt > 0; for alpha > 0 below alpha.
+        num_steps: Number of steps, >= 0.
+        tolerance: Relative residual of the witness; the flow is exact up to it.
+        max_iterations: Most conjugate-gradient iterations a step.
+        initial: A state to continue from, of a flow of the same generator and arguments.
+
+    Yields:
+        num_steps + 1 states, the start first.
+
+    Raises:
+        ValueError: If an argument is out of range or a shape does not fit.
+
+    Warns:
+        WitnessConvergenceWarning: If a witness misses the tolerance.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402: the flow, theorem 1 (with F = 1/2 MMD^2) and the
+        Riemannian metric d_{alpha,beta}.
+
+    Example:
+        >>> generator = torch.nn.Linear(1, 1)
+        >>> flow = generator_flow(
+        ...     generator, torch.randn(8, 1), lambda x: x, torch.tensor([2.0]),
+        ...     alpha=1.0, beta=0.0, step_size=0.5, num_steps=2,
+        ... )
+        >>> energies = [state.energy for state in flow]
+        >>> [round(energy / energies[0], 4) for energy in energies]
+        [1.0, 0.25, 0.0625]
+    """
+    _check_steps("generator_flow", step_size=step_size, num_steps=num_steps)
+
+    start = {n: p.detach().clone() for n, p in trainable_parameters(generator).items()}
+
+    def observe(parameters: dict[str, Tensor], previous: GeneratorState | None) -> GeneratorState:
+        embedding = MeanEmbedding(features, copy.deepcopy(generator), z, parameters)
+        gap = target_embedding - embedding.mean
+        solution = solve_embedding(
+            embedding,
+            gap,
+            alpha=alpha,
+            beta=beta,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            initial=None if previous is None else previous.weights,
+        )
+        if not solution.residual <= tolerance:
+            warnings.warn(
+                f"a witness of the flow has a relative residual of {solution.residual:.2g} after "
+                f"{solution.num_iterations} iterations, more than the tolerance {tolerance:.2g}. "
+                "Raise max_iterations, beta or tolerance, or use float64.",
+                WitnessConvergenceWarning,
+                stacklevel=3,
+            )
+        w, velocity = solution.weights, solution.parametric_gradient
+        image = embedding.push(velocity)[0]  # D w = J J^T w
+        energy, regularised = 0.5 * float(solution.mmd2), float(solution.regularised_mmd2)
+        return GeneratorState(
+            parameters=parameters,
+            velocity=velocity,
+            weights=w,
+            step=0 if previous is None else previous.step + 1,
+            time=0.0 if previous is None else previous.time + step_size,
+            energy=energy,
+            regularised_mmd2=regularised,
+            rate=-2 / alpha * (energy - beta * regularised) if alpha > 0 else -float(gap @ image),
+            squared_speed=float(alpha * image @ image + beta * w @ image),
+            length=0.0
+            if previous is None
+            else previous.length + step_size * math.sqrt(max(previous.squared_speed, 0.0)),
+            residual=solution.residual,
+            num_iterations=solution.num_iterations,
+        )
+
+    def flow() -> Iterator[GeneratorState]:
+        state = observe(start, None) if initial is None else initial
+        yield state
+        for _ in range(num_steps):
+            parts = state.velocity.split([p.numel() for p in state.parameters.values()])
+            moved = {
+                name: p + step_size * part.view_as(p)
+                for (name, p), part in zip(state.parameters.items(), parts, strict=True)
+            }
+            state = observe(moved, state)
+            yield state
+
+    return flow()
+
+
+@dataclass(frozen=True, eq=False)
+class KernelGANState:
+    """A moment of `kernel_gan_flow`.
+
+    The critic is f = sum_i a_i k(x_i, .) - sum_s b_s k(h_s, .) with target points x and the points'
+    history h: `KernelWitness(target, history, kernel, x_weights=target_coefficients,
+    y_weights=history_coefficients)`, where the history is not empty.
+
+    Args:
+        points: The model sample y, (m, d).
+        target_coefficients: a, (n,).
+        history: h, the points of earlier steps, oldest first, (s, d).
+        history_coefficients: b, (s,).
+        step: Number of steps made.
+        mmd2: Squared MMD of the weighted target and points, ||sum p k(x, .) - sum p~ k(y, .)||^2.
+    """
+
+    points: Tensor
+    target_coefficients: Tensor
+    history: Tensor
+    history_coefficients: Tensor
+    step: int
+    mmd2: float
+
+
+def kernel_gan_flow(
+    initial: Tensor | KernelGANState,
+    target: Tensor,
+    kernel: Kernel,
+    *,
+    norm_weight: float,
+    critic_lr: float,
+    generator_lr: float,
+    num_steps: int,
+    point_weights: Tensor | None = None,
+    target_weights: Tensor | None = None,
+    truncation: float = 0.0,
+) -> Iterator[KernelGANState]:
+    r"""Play the game between points and a critic in the RKHS, by alternating gradient steps.
+
+    .. math:: f &\leftarrow (1 - \eta_d\lambda) f + \eta_d
+        \Big[\sum_i p_i k(x_i, \cdot) - \sum_j \tilde p_j k(y_j, \cdot)\Big] \\
+        y_j &\leftarrow y_j + \eta_g \tilde p_j \nabla f(y_j)
+
+    Gradient ascent on :math:`\sum p f(x) - \sum \tilde p f(y) - \frac\lambda2\|f\|_H^2` in f,
+    then descent in y with the new f: a GAN whose critic is trained, not solved for. The critic is
+    exact: its coefficients on the target and on all earlier points, which decay by 1 - critic_lr *
+    norm_weight a step. Cost O(m (n + m s)) at step s; truncation bounds it.
+
+    Args:
+        initial: Points y of shape (m, d), or a state to continue from.
+        target: Target points x of shape (n, d), of the same dtype.
+        kernel: The kernel.
+        norm_weight: lambda >= 0, weight of the critic's RKHS norm.
+        critic_lr: eta_d > 0, with critic_lr * norm_weight <= 1.
+        generator_lr: eta_g > 0.
+        num_steps: Number of steps, >= 0.
+        point_weights: Masses p~ > 0 of the points, (m,). Default 1/m each.
+        target_weights: Masses p > 0 of the target points, (n,). Default 1/n each.
+        truncation: Points of the history whose coefficient has decayed below this factor are
+            forgotten, in [0, 1); 0 keeps all.
+
+    Yields:
+        num_steps + 1 states, the start first.
+
+    Raises:
+        ValueError: If an argument is out of range or a shape does not fit.
+
+    Source:
+        Becker et al. 2022, arXiv 2305.08277, the exact recursion of points and kernel critic.
+
+    Example:
+        >>> from lightning_mmd.kernels import Gaussian
+        >>> *_, last = kernel_gan_flow(
+        ...     torch.tensor([[0.1]]), torch.zeros(1, 1), Gaussian(),
+        ...     norm_weight=1.0, critic_lr=0.1, generator_lr=0.1, num_steps=200,
+        ... )
+        >>> bool(last.points.abs() < 1e-4)
+        True
+    """
+    _check_steps(
+        "kernel_gan_flow", critic_lr=critic_lr, generator_lr=generator_lr, num_steps=num_steps
+    )
+    if not (0 <= norm_weight and critic_lr * norm_weight <= 1 and 0 <= truncation < 1):
+        raise ValueError(
+            "kernel_gan_flow needs norm_weight >= 0, critic_lr * norm_weight <= 1 and truncation "
+            f"in [0, 1), got norm_weight = {norm_weight}, critic_lr = {critic_lr}, "
+            f"truncation = {truncation}."
+        )
+    points = initial.points if isinstance(initial, KernelGANState) else initial.detach()
+    p = _masses("target_weights", target_weights, target)
+    q = _masses("point_weights", point_weights, points)
+    within_target = p @ kernel(target, target) @ p
+
+    def mmd2(y: Tensor) -> float:
+        return float(within_target + q @ kernel(y, y) @ q - 2 * p @ kernel(target, y) @ q)
+
+    def flow() -> Iterator[KernelGANState]:
+        if isinstance(initial, KernelGANState):
+            state = initial
+        else:
+            empty = points.new_empty(0)
+            state = KernelGANState(
+                points, torch.zeros_like(p), points[:0], empty, step=0, mmd2=mmd2(points)
+            )
+        yield state
+        decay = 1 - critic_lr * norm_weight
+        for _ in range(num_steps):
+            y = state.points
+            kept = decay * state.history_coefficients
+            forgotten = int((kept < truncation * critic_lr * q.repeat(len(kept) // len(q))).sum())
+            a = decay * state.target_coefficients + critic_lr * p
+            b = torch.cat([kept[forgotten:], critic_lr * q])
+            history = torch.cat([state.history[forgotten:], y])
+            critic = KernelWitness(target, history, kernel, x_weights=a, y_weights=b)
+            y = y + generator_lr * q[:, None] * critic.gradient(y)
+            state = KernelGANState(y, a, history, b, step=state.step + 1, mmd2=mmd2(y))
+            yield state
+
+    return flow()
+
+
+def _masses(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
+    if weights is None:
+        return points.new_full((len(points),), 1.0 / len(points))
+    if weights.shape != (len(points),) or not (weights > 0).all():
+        raise ValueError(
+            f"{name} must hold a mass > 0 for each of the {len(points)} points, got {weights}."
+        )
+    return weights
+
+
+def _check_steps(name: str, *, num_steps: int, **sizes: float) -> None:
+    for size, value in sizes.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} needs a finite {size} > 0, got {value}.")
+    if num_steps < 0:
+        raise ValueError(f"{name} needs num_steps >= 0, got {num_steps}.")

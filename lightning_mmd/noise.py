@@ -1,0 +1,353 @@
+r"""Noise levels of noise-injected flows, and a gauge that tells whether a flow needs noise.
+
+Noise injection evaluates the witness's gradient at :math:`y + \beta_t u`, u ~ N(0, I), in place of
+y; the witness itself sees the samples without noise. A schedule says how :math:`\beta_t` develops.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mmd.kernels import (
+    Gaussian,
+    InverseMultiquadric,
+    Kernel,
+    RationalQuadratic,
+    SumKernel,
+)
+from lightning_mmd.mmd import mmd2_biased
+
+__all__ = [
+    "AdaptiveNoise",
+    "ConstantNoise",
+    "GeometricNoise",
+    "HalvingNoise",
+    "NoiseSchedule",
+    "hessian_constant",
+    "negative_sobolev_distance",
+]
+
+
+class NoiseSchedule(ABC):
+    """A noise level that depends on the step alone."""
+
+    @abstractmethod
+    def level(self, step: int) -> float:
+        """Return the standard deviation of the noise at a step, counted from 0."""
+
+
+@dataclass(frozen=True)
+class ConstantNoise(NoiseSchedule):
+    """The same level for a number of steps, then none.
+
+    Args:
+        initial: Level, >= 0, in the units of the samples.
+        until: Step from which there is no noise; never when not given.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370, section 5 (noise up to a given step).
+
+    Example:
+        >>> [ConstantNoise(0.5, until=2).level(step) for step in range(4)]
+        [0.5, 0.5, 0.0, 0.0]
+    """
+
+    initial: float
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_level(self, self.initial, self.until)
+
+    def level(self, step: int) -> float:
+        """Return the level, or 0 from the last step on."""
+        return 0.0 if self.until is not None and step >= self.until else self.initial
+
+
+@dataclass(frozen=True)
+class GeometricNoise(NoiseSchedule):
+    r"""The level falls by a factor each step, :math:`\beta_t = \beta_0\, r^t`.
+
+    Args:
+        initial: Level at step 0, >= 0, in the units of the samples.
+        ratio: Factor r of each step, in (0, 1].
+        until: Step from which there is no noise; never when not given.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [GeometricNoise(1.0, ratio=0.5).level(step) for step in range(3)]
+        [1.0, 0.5, 0.25]
+    """
+
+    initial: float
+    ratio: float
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_level(self, self.initial, self.until)
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"GeometricNoise needs a ratio in (0, 1], got {self.ratio}.")
+
+    def level(self, step: int) -> float:
+        """Return initial * ratio^step, or 0 from the last step on."""
+        over = self.until is not None and step >= self.until
+        return 0.0 if over else self.initial * self.ratio**step
+
+
+@dataclass(frozen=True)
+class HalvingNoise(NoiseSchedule):
+    r"""The level is halved at regular steps, :math:`\beta_t = \beta_0\, 2^{-\lfloor t / e\rfloor}`.
+
+    Args:
+        initial: Level at step 0, >= 0, in the units of the samples.
+        every: Number of steps e between two halvings, >= 1.
+        until: Step from which there is no noise; never when not given.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370: the schedule of the authors' student-teacher code.
+
+    Example:
+        >>> [HalvingNoise(1.0, every=2, until=5).level(step) for step in range(6)]
+        [1.0, 1.0, 0.5, 0.5, 0.25, 0.0]
+    """
+
+    initial: float
+    every: int
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_level(self, self.initial, self.until)
+        if self.every < 1:
+            raise ValueError(f"HalvingNoise needs every >= 1 steps, got {self.every}.")
+
+    def level(self, step: int) -> float:
+        """Return initial * 2^-(step // every), or 0 from the last step on."""
+        over = self.until is not None and step >= self.until
+        return 0.0 if over else self.initial * 0.5 ** (step // self.every)
+
+
+@dataclass(frozen=True)
+class AdaptiveNoise:
+    r"""The largest level at which noise provably keeps the step a direction of descent.
+
+    .. math:: 8 \lambda^2 \beta^2 F \, \overline{\|u\|^2} \le D_\beta
+              = \frac1m\sum_j \|\nabla f(y_j + \beta u_j)\|^2,
+              \qquad F = \tfrac12 MMD^2
+
+    Derivation: with :math:`v_j = \nabla f(y_j + \beta u_j)` a small step of size s changes F by
+    :math:`-s\,\overline{\langle \nabla f(y_j), v_j\rangle}`. The Hessian of f obeys
+    :math:`\|Hf\| \le \lambda\|f\|_H = \lambda\sqrt{2F}` with lambda from `hessian_constant`,
+    so :math:`\|v_j - \nabla f(y_j)\| \le \beta\lambda\sqrt{2F}\,\|u_j\|`, and the inequality makes
+    the change at most :math:`-\frac s2 D_\beta`. It holds on the very draw u of the step, not only
+    on average; the paper's :math:`\lambda^2` is ours times :math:`E\|u\|^2 = d`.
+
+    D is measured on a falling geometric grid of levels, and the first level that fits is refined by
+    bisection towards the next larger one: one gradient evaluation each. As
+    :math:`D_\beta \le 2F \kappa^2` with the kernel's gradient constant kappa, no level above
+    kappa / (2 lambda sqrt(d)) ever fits (bandwidth / sqrt(12 d) for the Gaussian).
+
+    Args:
+        largest: Largest level tried, > 0, in the units of the samples.
+        ratio: Factor between levels of the grid, in (0, 1).
+        num_levels: Number of levels tried, >= 1; below them the level is 0.
+        num_bisections: Number of refinements, >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370, the decreasing-direction condition of the theorem on
+        noise injection.
+
+    Example:
+        >>> noise = AdaptiveNoise(largest=1.0, num_bisections=40)
+        >>> round(noise.level(energy=0.5, constant=1.0, dissipation=lambda beta: 0.25), 6)
+        0.25
+    """
+
+    largest: float
+    ratio: float = 0.5
+    num_levels: int = 12
+    num_bisections: int = 4
+
+    def __post_init__(self) -> None:
+        if not (
+            0 < self.largest < math.inf
+            and 0 < self.ratio < 1
+            and self.num_levels >= 1
+            and self.num_bisections >= 0
+        ):
+            raise ValueError(
+                "AdaptiveNoise needs a finite largest > 0, ratio in (0, 1), num_levels >= 1 and "
+                f"num_bisections >= 0, got {self}."
+            )
+
+    def level(
+        self, *, energy: float, constant: float, dissipation: Callable[[float], float]
+    ) -> float:
+        r"""Return the largest level found at which the inequality holds, or 0.
+
+        Args:
+            energy: F, half of the biased MMD^2.
+            constant: lambda^2 times the mean of ||u||^2.
+            dissipation: Maps a level beta to D_beta.
+
+        Returns:
+            A level in [0, largest].
+        """
+
+        def fits(beta: float) -> bool:
+            return 8 * constant * beta**2 * energy <= dissipation(beta)
+
+        levels = (self.largest * self.ratio**i for i in range(self.num_levels))
+        low = next((beta for beta in levels if fits(beta)), 0.0)
+        if low in (0.0, self.largest):
+            return low
+        high = low / self.ratio
+        for _ in range(self.num_bisections):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+
+def hessian_constant(kernel: Kernel) -> float:
+    r"""Bound the second derivatives of functions in a kernel's RKHS.
+
+    .. math:: \|\nabla^2 f(x)\| \le \lambda \|f\|_H, \qquad
+        \lambda^2 = \sup_{e, e'} \|\partial_e\partial_{e'} k(x, \cdot)\|_H^2
+                  = E\,\langle\omega, e\rangle^4
+
+    for spectral norm, unit vectors e and e', and frequencies omega of the spectral measure: the
+    fourth derivative of the kernel's profile at 0. The bound is attained. With bandwidth b it is
+
+    * 3 / b^4 for the Gaussian, the fourth moment of N(0, 1 / b^2);
+    * 3 (1 + 1 / alpha) / b^4 for the rational quadratic, a gamma mixture of Gaussians;
+    * 9 / b^4 for the inverse multiquadric, its case alpha = 1/2;
+    * the weighted sum for a sum of kernels.
+
+    Args:
+        kernel: A smooth stationary kernel.
+
+    Returns:
+        lambda > 0, per squared unit of the samples.
+
+    Raises:
+        TypeError: If the kernel is not one of those above: others are not smooth at distance 0, or
+            have no bound.
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370, assumption on the kernel's second derivatives.
+
+    Example:
+        >>> hessian_constant(Gaussian(bandwidth=1.0)) ** 2
+        2.9999999999999996
+    """
+    return math.sqrt(_fourth_moment(kernel))
+
+
+def _fourth_moment(kernel: Kernel) -> float:
+    match kernel:
+        case Gaussian(bandwidth):
+            return 3.0 / bandwidth**4
+        case RationalQuadratic(alpha, bandwidth):
+            return 3.0 * (1.0 + 1.0 / alpha) / bandwidth**4
+        case InverseMultiquadric(bandwidth):
+            return 9.0 / bandwidth**4
+        case SumKernel(kernels, weights):
+            weights = weights or ()  # always set by SumKernel
+            return sum(w * _fourth_moment(k) for w, k in zip(weights, kernels, strict=True) if w)
+    raise TypeError(
+        "the Hessian's bound is known for Gaussian, RationalQuadratic, InverseMultiquadric and "
+        f"SumKernel of these, got {kernel!r}. Use one of them, or a schedule that is fixed "
+        "beforehand, such as HalvingNoise."
+    )
+
+
+def negative_sobolev_distance(
+    x: Tensor, y: Tensor, kernel: Kernel, *, regulariser: float = 1e-3
+) -> float:
+    r"""Estimate the weighted negative Sobolev distance S(target | model) within the RKHS.
+
+    .. math:: S_\epsilon = \sup\Big\{ |\langle g, \mu_x - \mu_y\rangle| :
+        \frac1m\sum_j \|\nabla g(y_j)\|^2 + \epsilon\|g\|_H^2 \le 1 \Big\}
+
+    A gauge of whether the plain flow can converge: while S^2 <= C along the flow (y the current
+    particles), MMD^2 falls at least like 1 / t; where particles sit on critical points of the
+    witness, S is infinite and its estimate grows like MMD / sqrt(epsilon), its largest value, as
+    epsilon falls. Estimates at two values of epsilon tell the cases apart.
+
+    With :math:`d_{ji} = \partial_i k(y_j, \cdot)`, their Gram matrix K of shape (m d, m d),
+    :math:`\delta = \mu_x - \mu_y` and :math:`g_{ji} = \partial_i\delta(y_j)`, Woodbury's identity
+    turns :math:`S_\epsilon^2 = \langle\delta, (\frac1m\sum d\otimes d + \epsilon)^{-1}\delta
+    \rangle` into
+
+    .. math:: S_\epsilon^2 = \frac1\epsilon \left( MMD^2 - g^T (K + m\epsilon I)^{-1} g \right).
+
+    Cost m d backward passes of O(m^2 d) and a solve of O((m d)^3); memory O((m d)^2). The
+    difference cancels when epsilon is small: an epsilon below 1e-12 of the kernel's scale is noise.
+
+    Args:
+        x: Target sample of shape (n, d).
+        y: Model sample of shape (m, d), a few hundred points at most.
+        kernel: A kernel with two derivatives at distance 0.
+        regulariser: epsilon > 0. The estimate grows as it falls.
+
+    Returns:
+        S_epsilon, between 0 and MMD / sqrt(epsilon).
+
+    Raises:
+        ValueError: If the regulariser is not positive, or the samples are not of shapes (n, d) and
+            (m, d).
+
+    Source:
+        Arbel et al. 2019, arXiv 1906.04370, section on the Lojasiewicz inequality; Mroueh et al.
+        2019, Sobolev descent, for the regularised form in an RKHS.
+
+    Example:
+        >>> from lightning_mmd.kernels import Linear
+        >>> x, y = torch.tensor([[3.0], [5.0]]), torch.tensor([[1.0], [2.0]])
+        >>> round(negative_sobolev_distance(x, y, Linear(), regulariser=1e-9), 6)
+        2.5
+    """
+    if not 0 < regulariser < math.inf:
+        raise ValueError(
+            f"negative_sobolev_distance needs a finite regulariser > 0, got {regulariser}."
+        )
+    if x.ndim != 2 or y.ndim != 2:
+        raise ValueError(
+            "negative_sobolev_distance expects samples of shapes (n, d) and (m, d), got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}. Flatten images first: x.flatten(1)."
+        )
+    x, y = x.detach().double(), y.detach().double()
+    points, copies = y.clone().requires_grad_(), y.clone().requires_grad_()
+    with torch.enable_grad():
+        towards_x = torch.autograd.grad(kernel(points, x).sum(), points)[0] / len(x)
+        (slopes,) = torch.autograd.grad(kernel(points, copies).sum(), points, create_graph=True)
+    slope = (towards_x - slopes.detach() / len(y)).flatten()
+    rows = [
+        torch.autograd.grad(entry, copies, retain_graph=True, materialize_grads=True)[0].flatten()
+        for entry in slopes.flatten()
+    ]
+    ridge = len(y) * regulariser * torch.eye(len(slope), dtype=y.dtype, device=y.device)
+    explained = slope @ torch.linalg.solve(torch.stack(rows) + ridge, slope)
+    squared = (mmd2_biased(x, y, kernel) - explained) / regulariser
+    return math.sqrt(max(float(squared), 0.0))
+
+
+def _check_level(schedule: NoiseSchedule, initial: float, until: int | None) -> None:
+    if not (0 <= initial < math.inf and (until is None or until >= 0)):
+        raise ValueError(
+            f"{type(schedule).__name__} needs a finite initial level >= 0 and until >= 0 or None, "
+            f"got initial = {initial}, until = {until}."
+        )
