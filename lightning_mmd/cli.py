@@ -36,7 +36,7 @@ _NOISE = (  # warnings that say nothing to a user of this command
 
 
 class MMDCLI(LightningCLI):
-    """LightningCLI for ``MMDGAN``: any of Lightning's data modules, loggers and callbacks by name."""
+    """LightningCLI for ``MMDGAN``: data modules, loggers and callbacks by name."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Refuse a checkpoint that cannot be read before anything is built or written."""
@@ -54,7 +54,7 @@ class MMDCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what came of the run."""
         if self.trainer.is_global_zero:
-            print(summary(self.trainer))  # noqa: T201
+            print(summary(self.trainer))
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -73,8 +73,8 @@ def check_checkpoint(path: str | Path) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: {str(error).strip().splitlines()[0]}. The file "
-            "may be cut off or of another kind; take an earlier checkpoint."
+            f"{path} cannot be read as a checkpoint: {str(error).strip().splitlines()[0]}. The "
+            "file may be cut off or of another kind; take an earlier checkpoint."
         ) from error
     if not isinstance(checkpoint, dict) or "mmdgan" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of MMDGAN. Give one that this package wrote.")
@@ -113,9 +113,10 @@ def summary(trainer: Trainer) -> str:
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, MMDTracker) and callback.start and callback.last is not None:
             floor = "not measured" if callback.floor is None else f"{callback.floor:.2g}"
+            ratio = callback.start / abs(callback.last)
             lines[0] += (
-                f": MMD^2 {callback.start:.4g} -> {callback.last:.4g} "
-                f"(real against real: {floor}, {callback.start / abs(callback.last):.0f}-fold lower)"
+                f": MMD^2 {callback.start:.4g} -> {callback.last:.4g}, {ratio:.0f}-fold lower "
+                f"(real against real: {floor})"
             )
         if isinstance(callback, SampleGrid) and callback.last_path:
             lines.append(f"samples:    {callback.last_path}")
@@ -153,7 +154,7 @@ def sample(
         ) from error
     grid = SampleGrid(num_samples=num, num_columns=num_columns, scale=scale, seed=seed)
     grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
-    print(f"{num} samples: {output}")  # noqa: T201
+    print(f"{num} samples: {output}")
 
 
 def main(args: ArgsType = None) -> None:

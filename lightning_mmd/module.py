@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.penalties import (
+    Method,
     PenalisedCritic,
     penalised_critic,
     rkhs_norm_penalty,
@@ -35,14 +36,14 @@ class MMDGAN(LightningModule):
     ``critic_mode="closed_form"`` solves the inner problem for the weights w of
     :math:`f = \langle w, \phi_\omega\rangle` by a few conjugate-gradient iterations an update,
     started from the last weights. The features take one ascent step with w held, and the generator
-    moves along L f: a gradient flow of MMD^2 in the current features. ``"adversarial"`` trains w and
-    the features by gradient ascent.
+    moves along L f: a gradient flow of MMD^2 in the current features. ``"adversarial"`` trains w
+    and the features by gradient ascent.
 
     One batch is one critic step, and every ``critic_steps``-th batch moves the generator too.
-    ``trainer.global_step`` counts generator updates only, so ``max_steps``, checkpoints, loggers and
-    averages are all on that clock. Latents and dropout masks are functions of (seed, rank, critic
-    step), so that processes differ and a resumed run goes on as if never stopped. It runs on plain
-    ``strategy="ddp"``.
+    ``trainer.global_step`` counts generator updates only, so ``max_steps``, checkpoints, loggers
+    and averages are all on that clock. Latents and dropout masks are functions of (seed, rank,
+    critic step), so that processes differ and a resumed run goes on as if never stopped. It runs
+    on plain ``strategy="ddp"``.
 
     Args:
         generator: Any module from latents to samples.
@@ -96,7 +97,7 @@ class MMDGAN(LightningModule):
         eta: float = 0.4,
         witness_iterations: int = 3,
         witness_tolerance: float = 1e-3,
-        penalty_method: Literal["forward", "double_backward", "finite_difference"] = "forward",
+        penalty_method: Method = "forward",
         penalty_estimator: Literal["batch", "split", "lagged"] = "batch",
         generator_optimizer: OptimizerCallable | None = None,
         critic_optimizer: OptimizerCallable | None = None,
@@ -137,7 +138,7 @@ class MMDGAN(LightningModule):
         self.eta = eta
         self.witness_iterations = witness_iterations
         self.witness_tolerance = witness_tolerance
-        self.penalty_method = penalty_method
+        self.penalty_method: Method = penalty_method
         self.penalty_estimator = penalty_estimator
         self.generator_optimizer = generator_optimizer
         self.critic_optimizer = critic_optimizer
@@ -255,7 +256,7 @@ class MMDGAN(LightningModule):
         self.log("gap", float(metrics["critic/gap"]), prog_bar=True, logger=False)
 
     def _closed_form_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
-        critic = self.critic
+        critic = cast(LearnedKernelCritic, self.critic)
         z = self.sample_latents(len(real))
         parameters = self._generator_parameters
         embedding = MeanEmbedding(

@@ -83,8 +83,11 @@ def parametric_gradient_penalty(
     Bias: the squared norm of a batch mean overestimates by Var / n,
     :math:`E\|g_n\|^2 = \|g\|^2 + \mathrm{tr\,Cov}(g) / n`, 1.2- to 2.5-fold near convergence.
     ``estimator="split"`` takes :math:`\langle g_A, g_B\rangle` of two halves of the batch, which
-    is unbiased (and may be negative); a ``direction`` that is independent of z, such as the mean
-    gradient of the last generator step, does the same for the price of one pass less.
+    is unbiased (and may be negative). A ``direction`` v, such as the mean gradient of the last
+    generator step, gives :math:`\langle v, L f\rangle^2 / \|v\|^2`, the part of the penalty along
+    v, for one reverse pass less: noise across v is not punished, and it never exceeds the penalty
+    of the batch. (:math:`\langle v, L f\rangle` itself would be unbiased too, but it is linear in
+    f: a critic lowers it without bound, and training diverges.)
 
     Args:
         critic: Module (or any callable) from samples to values (n,) or (n, 1).
@@ -92,14 +95,14 @@ def parametric_gradient_penalty(
         z: Latents of shape (n, ...).
         method: See above.
         estimator: ``"batch"`` or ``"split"``, see above; ``"split"`` needs an even n.
-        direction: An independent estimate v of L f, of shape (P,): the value is then <v, L f>.
+        direction: A vector v of shape (P,) along which alone the gradient is penalised.
         parameters: The generator's parameters to differentiate in, by name; default: the trainable.
         reduce: Averages a vector over processes, so that W processes see one global L f; default:
             this process is alone. The value returned is this process's share, whose mean over
             processes is the penalty.
 
     Returns:
-        Scalar: >= 0 for the batch estimator on one process.
+        Scalar, >= 0 on one process except for the split estimator.
 
     Raises:
         ValueError: If critic and generator share a parameter, an argument is unknown or a shape
@@ -191,8 +194,19 @@ def penalised_critic(
                 x = first.samples.requires_grad_()
                 other_values.append(evaluate_critic(critic, x))
                 direction = reduce(first.cotangent(_mean_gradient(other_values[-1], x)))
-            result = evaluate(critic, push, _check_direction(direction, push), reduce)
-            return result._replace(values=torch.cat([*other_values, result.values]))
+            slope, values, v = evaluate(critic, push, _check_direction(direction, push), reduce)
+        if direction is None or independent:
+            penalty = 2 * slope - slope.detach()  # v is held in <v, L f>: half of the gradient
+        else:
+            along = reduce(slope.detach().reshape(1)).reshape(()) / v.square().sum().clamp_min(
+                torch.finfo(v.dtype).tiny
+            )
+            penalty = along * (2 * slope - along * v.square().sum())
+        return PenalisedCritic(penalty, torch.cat([*other_values, values]), v)
+
+
+_Slope = tuple[Tensor, Tensor, Tensor]
+"""<v, L f> with v held, critic values, and v."""
 
 
 def _forward(
@@ -200,13 +214,13 @@ def _forward(
     push: Pushforward,
     direction: Tensor | None,
     reduce: Callable[[Tensor], Tensor],
-) -> PenalisedCritic:
+) -> _Slope:
     x = push.samples.requires_grad_()
     values = evaluate_critic(critic, x)
     c = _mean_gradient(values, x, create_graph=True)
     refuse_once_differentiable([c])
     v = reduce(push.cotangent(c.detach())) if direction is None else direction
-    return PenalisedCritic(_penalty_of_slope((c * push.tangent(v)).sum()), values, v)
+    return (c * push.tangent(v)).sum(), values, v
 
 
 def _double_backward(
@@ -214,11 +228,11 @@ def _double_backward(
     push: Pushforward,
     direction: Tensor | None,
     reduce: Callable[[Tensor], Tensor],
-) -> PenalisedCritic:
+) -> _Slope:
     values, gradient = push.differentiate(lambda x: evaluate_critic(critic, x))
     refuse_once_differentiable([gradient])
     v = reduce(gradient.detach()) if direction is None else direction
-    return PenalisedCritic(_penalty_of_slope(v @ gradient), values, v)
+    return v @ gradient, values, v
 
 
 def _finite_difference(
@@ -226,14 +240,14 @@ def _finite_difference(
     push: Pushforward,
     direction: Tensor | None,
     reduce: Callable[[Tensor], Tensor],
-) -> PenalisedCritic:
+) -> _Slope:
     x = push.samples.requires_grad_()
     replay = Replay(critic, x.device)  # one power iteration, one dropout mask for all three passes
     values = evaluate_critic(critic, x)
     v = reduce(push.cotangent(_mean_gradient(values, x))) if direction is None else direction
     step, (ahead, behind) = push.neighbours(v)
     slope = (evaluate_critic(replay, ahead) - evaluate_critic(replay, behind)).mean() / (2 * step)
-    return PenalisedCritic(_penalty_of_slope(slope), values, v)
+    return slope, values, v
 
 
 _METHODS = {
@@ -247,11 +261,6 @@ def _mean_gradient(values: Tensor, x: Tensor, *, create_graph: bool = False) -> 
     return torch.autograd.grad(
         values.mean(), x, create_graph=create_graph, retain_graph=True, materialize_grads=True
     )[0]
-
-
-def _penalty_of_slope(slope: Tensor) -> Tensor:
-    """Value <v, L f> and twice its gradient, since v = L f is held in it: that of ||L f||^2."""
-    return 2 * slope - slope.detach()
 
 
 def _check_direction(direction: Tensor | None, push: Pushforward) -> Tensor | None:

@@ -285,6 +285,7 @@ class _Iterate:
         self.gap = gap.double()
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
+        self._largest_curvature = 0.0
         self.parametric_gradient = torch.zeros(
             embedding.pushforward.num_parameters,
             dtype=embedding.samples.dtype,
@@ -298,13 +299,16 @@ class _Iterate:
         jv, dx = self.embedding.push(v)
         p = p.double()
         image = self.alpha * jv.double() + self.beta * p
-        curvature = p @ image
-        if not curvature > 0:  # also for NaN
+        size = p @ p
+        curvature = (self.alpha * v.double().square().sum() + self.beta * size) / size
+        self._largest_curvature = max(self._largest_curvature, float(curvature))
+        rounding = 0.0 if self.beta else torch.finfo(v.dtype).eps * self._largest_curvature
+        if not curvature > rounding:  # also for NaN
             raise ValueError(
                 f"the regularised Gramian has curvature {float(curvature):.3g} along a direction; "
                 "it must be positive. Use beta > 0, and check the samples for NaN."
             )
-        step = p @ self.residual / curvature
+        step = p @ self.residual / (curvature * size)
         self.weights = self.weights + step * p
         self.residual = self.residual - step * image
         step = step.to(v.dtype)

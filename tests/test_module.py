@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mmd import (
+    MMDGAN,
     Gaussian,
     LearnedKernelCritic,
-    MMDGAN,
     RandomFourierFeatures,
     mmd2_unbiased,
     parametric_gradient,
