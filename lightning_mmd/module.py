@@ -252,8 +252,8 @@ class MMDGAN(LightningModule):
             "cumulative_lr": self.cumulative_lr,
             "step": self.trainer.global_step,  # the axis that loggers use
         }
-        self.log_dict({name: float(value) for name, value in metrics.items()})
-        self.log("gap", float(metrics["critic/gap"]), prog_bar=True, logger=False)
+        self.log("gap", metrics["critic/gap"], prog_bar=True, logger=False)
+        self.log_dict({name: torch.as_tensor(value).float() for name, value in metrics.items()})
 
     def _closed_form_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
         critic = cast(LearnedKernelCritic, self.critic)
@@ -310,9 +310,7 @@ class MMDGAN(LightningModule):
         if moves_generator:
             fake = self.generator(self.sample_latents(len(real)))
             loss = -evaluate_critic(self.critic, fake).mean()
-            parameters = list(self._generator_parameters.values())
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            metrics["generator/gradient_norm"] = self._move(0, parameters, gradients)
+            metrics["generator/gradient_norm"] = self._descend(0, loss, self._generator_parameters)
         return metrics
 
     def _penalised_critic(self, z: Tensor, real: Tensor) -> PenalisedCritic:
@@ -351,15 +349,18 @@ class MMDGAN(LightningModule):
             "critic/rkhs_penalty": rkhs_penalty.detach(),
         } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
 
-    def _descend(self, index: int, loss: Tensor, parameters: Mapping[str, Tensor]) -> float:
+    def _descend(self, index: int, loss: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         if not parameters:
-            return 0.0
-        gradients = torch.autograd.grad(
-            loss, list(parameters.values()), materialize_grads=True, allow_unused=True
-        )
+            return loss.new_zeros(())
+        with full_precision(self.device):  # the reverse pass of a penalty obeys autocast too
+            gradients = torch.autograd.grad(
+                loss, list(parameters.values()), materialize_grads=True, allow_unused=True
+            )
         return self._move(index, parameters.values(), gradients)
 
-    def _move(self, index: int, parameters: Iterable[Tensor], gradients: Iterable[Tensor]) -> float:
+    def _move(
+        self, index: int, parameters: Iterable[Tensor], gradients: Iterable[Tensor]
+    ) -> Tensor:
         """Average gradients over processes, clip, and step one optimizer and its scheduler.
 
         Gradients come from ``torch.autograd.grad`` and are averaged here by one collective, never
@@ -371,10 +372,10 @@ class MMDGAN(LightningModule):
             gradient = self._mean_over_processes(gradient)
         if index == 0 and self.penalty_estimator == "lagged":
             self._lagged_direction = -gradient
-        norm = float(gradient.norm())
+        norm = gradient.norm()
         limit = (self.generator_clip_norm, self.critic_clip_norm)[index]
-        if limit is not None and norm > limit:
-            gradient = gradient * (limit / norm)
+        if limit is not None:
+            gradient = gradient * (limit / norm).clamp(max=1.0)
         parameters = list(parameters)
         for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
