@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -22,7 +23,7 @@ from lightning_mmd.penalties import (
     warn_of_kinks,
 )
 from lightning_mmd.pushforward import evaluate_critic, full_precision, trainable_parameters
-from lightning_mmd.witness import MeanEmbedding, solve_embedding
+from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
 
 __all__ = ["MMDGAN"]
 
@@ -151,6 +152,7 @@ class MMDGAN(LightningModule):
         self.critic_step = 0
         self.images_seen = 0
         self.cumulative_lr = 0.0
+        self.path_length = 0.0
         self._lagged_direction: Tensor | None = None
 
     # Sampling
@@ -290,13 +292,45 @@ class MMDGAN(LightningModule):
             "witness/regularised_mmd2": solution.regularised_mmd2,
             "witness/residual": solution.residual,
             "witness/iterations": solution.num_iterations,
-            "critic/gradient_norm": self._descend(1, -objective, self._critic_parameters),
         }
-        critic.weights.data.copy_(w)
-        if moves_generator:
+        features = self._critic_parameters
+        features_gradient = self._gradient(-objective, features)
+        if moves_generator:  # before the features: the certificate is about those of the solution
+            step_size = self._optimizer(0).param_groups[0]["lr"]
             gradients = [-solution.parametric_gradient]
             metrics["generator/gradient_norm"] = self._move(0, parameters.values(), gradients)
+            metrics |= self._certificate(solution, embedding, real_mean.detach(), step_size)
+        critic.weights.data.copy_(w)
+        if features:
+            norm = self._move(1, features.values(), features_gradient)
+            metrics["critic/gradient_norm"] = norm
         return metrics
+
+    @torch.no_grad()
+    def _certificate(
+        self,
+        solution: WitnessSolution,
+        embedding: MeanEmbedding,
+        real_mean: Tensor,
+        step_size: float,
+    ) -> dict[str, Any]:
+        """Compare the change of F = 1/2 ||delta||^2 on the same latents with the predicted one."""
+        critic = cast(LearnedKernelCritic, self.critic)
+        with full_precision(self.device):
+            samples = embedding.pushforward.replay(self._generator_parameters)
+            moved = self._mean_over_processes(real_mean - critic.embed(samples).mean(0))
+        before = solution.mmd2 / 2
+        realised = moved.square().sum() / 2 - before
+        predicted = -step_size * solution.descent_rate
+        speed = solution.speed2.clamp_min(0).sqrt()
+        self.path_length += step_size * float(speed)
+        metrics = {"objective": before, "realised": realised, "speed": speed}
+        metrics["length"] = self.path_length
+        if self._follows_the_flow:
+            metrics |= {"predicted": predicted, "ratio": realised / predicted}
+            if self.alpha > 0:
+                metrics["theorem"] = -step_size * solution.theorem_rate
+        return {f"certificate/{name}": value for name, value in metrics.items()}
 
     def _adversarial_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
         on_fake = self._penalised_critic(self.sample_latents(len(real)), real)
@@ -306,11 +340,15 @@ class MMDGAN(LightningModule):
         objective = gap - self.alpha / 2 * on_fake.penalty - self.beta / 2 * rkhs
         self._check_finite(objective, real)
         metrics = self._metrics(gap=gap, parametric_penalty=on_fake.penalty, rkhs_penalty=rkhs)
-        metrics["critic/gradient_norm"] = self._descend(1, -objective, self._critic_parameters)
+        critic = self._critic_parameters
+        gradient = self._gradient(-objective, critic)
+        metrics["critic/gradient_norm"] = self._move(1, critic.values(), gradient)
         if moves_generator:
             fake = self.generator(self.sample_latents(len(real)))
             loss = -evaluate_critic(self.critic, fake).mean()
-            metrics["generator/gradient_norm"] = self._descend(0, loss, self._generator_parameters)
+            generator = self._generator_parameters
+            gradient = self._gradient(loss, generator)
+            metrics["generator/gradient_norm"] = self._move(0, generator.values(), gradient)
         return metrics
 
     def _penalised_critic(self, z: Tensor, real: Tensor) -> PenalisedCritic:
@@ -349,14 +387,13 @@ class MMDGAN(LightningModule):
             "critic/rkhs_penalty": rkhs_penalty.detach(),
         } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
 
-    def _descend(self, index: int, loss: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def _gradient(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         if not parameters:
-            return loss.new_zeros(())
+            return ()
         with full_precision(self.device):  # the reverse pass of a penalty obeys autocast too
-            gradients = torch.autograd.grad(
+            return torch.autograd.grad(
                 loss, list(parameters.values()), materialize_grads=True, allow_unused=True
             )
-        return self._move(index, parameters.values(), gradients)
 
     def _move(
         self, index: int, parameters: Iterable[Tensor], gradients: Iterable[Tensor]
@@ -379,8 +416,7 @@ class MMDGAN(LightningModule):
         parameters = list(parameters)
         for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
-        optimizers = self.optimizers()
-        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        optimizer = self._optimizer(index)
         if index == 0:
             self.cumulative_lr += optimizer.param_groups[0]["lr"]
         else:  # Lightning counts a step of any optimizer in global_step: the critic's are not to be
@@ -390,6 +426,11 @@ class MMDGAN(LightningModule):
         for scheduler in self._schedulers(optimizer.optimizer):
             scheduler.step()
         return norm
+
+    def _optimizer(self, index: int) -> LightningOptimizer:
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        return cast(LightningOptimizer, optimizers[index])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the critic's gap between held-out data and fresh samples, as ``val/gap``."""
@@ -440,6 +481,11 @@ class MMDGAN(LightningModule):
     def _sgd(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=self.eta * (self.alpha or self.beta))
 
+    @property
+    def _follows_the_flow(self) -> bool:
+        """Whether an update is an Euler step of the flow, so that its decrease is predicted."""
+        return self.generator_optimizer is None and self.generator_clip_norm is None
+
     def _schedulers(self, optimizer: torch.optim.Optimizer) -> list[LRScheduler]:
         schedulers = self.lr_schedulers() or []
         schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
@@ -463,6 +509,7 @@ class MMDGAN(LightningModule):
             "critic_step": self.critic_step,
             "images_seen": self.images_seen,
             "cumulative_lr": self.cumulative_lr,
+            "path_length": self.path_length,
             "lagged_direction": self._lagged_direction,
         }
 
@@ -472,6 +519,7 @@ class MMDGAN(LightningModule):
         self.critic_step = state["critic_step"]
         self.images_seen = state["images_seen"]
         self.cumulative_lr = state["cumulative_lr"]
+        self.path_length = state["path_length"]
         self._lagged_direction = state["lagged_direction"]
 
     # Pieces

@@ -333,6 +333,18 @@ class Pushforward:
         )
         return values, _flatten(gradients)
 
+    def replay(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the samples of the same latents, buffers and random numbers at other parameters.
+
+        Args:
+            parameters: Values, by name.
+
+        Returns:
+            Samples of shape (n, ...).
+        """
+        with full_precision(self.z.device):
+            return self._replay(self.z, parameters)
+
     def neighbours(self, v: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
         r"""Return a step h and the samples at :math:`\theta + h v` and :math:`\theta - h v`.
 

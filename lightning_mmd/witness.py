@@ -122,16 +122,22 @@ class WitnessSolution:
         gap: delta of shape (r,).
         parametric_gradient: J^T w = L f of shape (P,), the generator's direction of descent.
         tangents: J_theta G(z) J^T w, how the samples move along it, of the samples' shape.
+        gramian_image: D w = J J^T w of shape (r,), how the mean embedding moves along it.
         residual: Relative residual norm, ||delta - (alpha J J^T + beta I) w|| / ||delta||.
         num_iterations: Conjugate-gradient iterations made.
+        alpha: Weight of the parametric-gradient penalty.
+        beta: Weight of the RKHS norm.
     """
 
     weights: Tensor
     gap: Tensor
     parametric_gradient: Tensor
     tangents: Tensor
+    gramian_image: Tensor
     residual: float
     num_iterations: int
+    alpha: float
+    beta: float
 
     @property
     def mmd2(self) -> Tensor:
@@ -142,6 +148,30 @@ class WitnessSolution:
     def regularised_mmd2(self) -> Tensor:
         """The regularised MMD^2 at the optimum, 1/2 <delta, w> (arXiv 2011.02402)."""
         return 0.5 * self.gap @ self.weights
+
+    @property
+    def descent_rate(self) -> Tensor:
+        r"""Rate -dF/dt of F = 1/2 ||delta||^2 along d theta/dt = L f: <delta, D w>, exact.
+
+        For the exact witness it is the theorem's (2 / alpha) (F - beta MMD^2_{alpha,beta}); for one
+        with a residual e it is less than that by <delta, e> / alpha.
+        """
+        return self.gap @ self.gramian_image
+
+    @property
+    def theorem_rate(self) -> Tensor:
+        """The rate of arXiv 2011.02402, theorem 1: (2 / alpha) (F - beta MMD^2_{alpha,beta})."""
+        return (self.mmd2 - 2 * self.beta * self.regularised_mmd2) / self.alpha
+
+    @property
+    def speed2(self) -> Tensor:
+        """Squared speed of the flow in its metric, alpha ||D f||^2 + beta <f, D f>."""
+        image = self.gramian_image
+        return self.alpha * image.square().sum() + self.beta * self.weights @ image
+
+    def model_decrease(self, dt: float) -> Tensor:
+        """Decrease of F after a step dt if m were linear: dt <delta, D w> - dt^2 ||D w||^2 / 2."""
+        return dt * self.descent_rate - 0.5 * dt**2 * self.gramian_image.square().sum()
 
 
 def solve_witness(
@@ -269,6 +299,9 @@ def solve_embedding(
         gap=gap.detach(),
         parametric_gradient=iterate.parametric_gradient,
         tangents=iterate.tangents,
+        gramian_image=iterate.gramian_image.to(gap.dtype),
+        alpha=alpha,
+        beta=beta,
         residual=float(iterate.residual.norm() / size) if size > 0 else 0.0,
         num_iterations=num_iterations,
     )
@@ -285,6 +318,7 @@ class _Iterate:
         self.gap = gap.double()
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
+        self.gramian_image = torch.zeros_like(self.gap)
         self._largest_curvature = 0.0
         self.parametric_gradient = torch.zeros(
             embedding.pushforward.num_parameters,
@@ -311,6 +345,7 @@ class _Iterate:
         step = p @ self.residual / (curvature * size)
         self.weights = self.weights + step * p
         self.residual = self.residual - step * image
+        self.gramian_image = self.gramian_image + step * jv.double()
         step = step.to(v.dtype)
         self.parametric_gradient = self.parametric_gradient + step * v
         self.tangents = self.tangents + step * dx

@@ -141,6 +141,43 @@ def test_a_closed_form_update_is_the_formula(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 10.0])
+def test_the_certificate_compares_with_the_theorem(alpha, tmp_path):
+    """For small steps the realised change is the predicted one, to first order in the step."""
+    discrepancies = []
+    for eta in (2e-3, 1e-3):
+        model = make_model(
+            alpha=alpha, beta=0.1 * alpha, eta=eta, witness_iterations=60, witness_tolerance=1e-12
+        )
+        logger = CSVLogger(tmp_path, version=f"{alpha}-{eta}")
+        trainer(3, tmp_path, logger=logger).fit(model, loader(16))
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row["certificate/ratio"]]
+        assert len(rows) == 3
+        for row in rows:
+            ratio, theorem, predicted, objective, mmd2 = (
+                float(row[name])
+                for name in (
+                    "certificate/ratio",
+                    "certificate/theorem",
+                    "certificate/predicted",
+                    "certificate/objective",
+                    "witness/mmd2",
+                )
+            )
+            assert 0.98 < ratio < 1.0
+            assert theorem == pytest.approx(predicted, rel=1e-5)
+            assert predicted < 0
+            assert objective == pytest.approx(mmd2 / 2, rel=1e-6)
+            speed = float(row["certificate/speed"])
+            assert eta * alpha * speed**2 == pytest.approx(-predicted, rel=1e-5)
+        discrepancies.append(1 - float(rows[0]["certificate/ratio"]))
+        assert model.path_length == pytest.approx(
+            sum(eta * alpha * float(row["certificate/speed"]) for row in rows), rel=1e-5
+        )
+    assert discrepancies[0] / discrepancies[1] == pytest.approx(2.0, rel=0.02)
+
+
 def test_an_adversarial_update_is_the_formula(tmp_path):
     """One update against naive double backward and plain optimizers."""
     real = ring(16)
