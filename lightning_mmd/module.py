@@ -446,7 +446,7 @@ class MMDGAN(LightningModule):
         fake = self.sample(len(real), latents)
         gap = evaluate_critic(self.critic, real).mean() - evaluate_critic(self.critic, fake).mean()
         self.log(f"{stage}/gap", gap, batch_size=len(real), sync_dist=True)
-        self.log("step", float(self.trainer.global_step), logger=True)
+        self.log("step", float(self.trainer.global_step))
 
     # Optimizers
 
