@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mmd.callbacks import MMDTracker, SampleGrid
+    from lightning_mmd.callbacks import GeneratorProgressBar, MMDTracker, SampleGrid
     from lightning_mmd.critics import LearnedKernelCritic
     from lightning_mmd.features import RandomFourierFeatures
+    from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
     from lightning_mmd.kernels import (
         Energy,
         Gaussian,
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
         rkhs_norm_penalty,
     )
     from lightning_mmd.pushforward import parametric_gradient, parametric_tangent
-    from lightning_mmd.witness import solve_witness
+    from lightning_mmd.rates import convergence_rates, suggest_hyperparameters
+    from lightning_mmd.witness import KernelWitness, solve_witness
 
 _HOMES = {
-    "callbacks": ["MMDTracker", "SampleGrid"],
+    "callbacks": ["GeneratorProgressBar", "MMDTracker", "SampleGrid"],
     "critics": ["LearnedKernelCritic"],
     "features": ["RandomFourierFeatures"],
+    "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
     "kernels": [
         "Energy",
         "Gaussian",
@@ -63,7 +66,8 @@ _HOMES = {
     "module": ["MMDGAN"],
     "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
     "pushforward": ["parametric_gradient", "parametric_tangent"],
-    "witness": ["solve_witness"],
+    "rates": ["convergence_rates", "suggest_hyperparameters"],
+    "witness": ["KernelWitness", "solve_witness"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -71,8 +75,10 @@ __all__ = [
     "MMDGAN",
     "Energy",
     "Gaussian",
+    "GeneratorProgressBar",
     "InverseMultiquadric",
     "Kernel",
+    "KernelWitness",
     "Laplace",
     "LearnedKernelCritic",
     "Linear",
@@ -83,7 +89,10 @@ __all__ = [
     "RationalQuadratic",
     "SampleGrid",
     "SumKernel",
+    "convergence_rates",
+    "generator_flow",
     "input_gradient_penalty",
+    "kernel_gan_flow",
     "median_bandwidth",
     "mmd2_biased",
     "mmd2_features",
@@ -91,9 +100,11 @@ __all__ = [
     "parametric_gradient",
     "parametric_gradient_penalty",
     "parametric_tangent",
+    "point_flow",
     "relative_similarity_test",
     "rkhs_norm_penalty",
     "solve_witness",
+    "suggest_hyperparameters",
     "two_sample_test",
 ]
 

@@ -144,3 +144,24 @@ def test_importing_kernels_leaves_lightning_alone() -> None:
     assert "torch" in loaded
     heavy = {"lightning", "pytorch_lightning", "torchmetrics", "torchvision"}
     assert loaded & heavy == set()
+
+
+def test_public_names_are_lazy_and_say_one_thing():
+    """`__all__`, the lazy table and the block for type checkers hold the same names."""
+    import lightning_mmd
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = {name: f"lightning_mmd.{home}" for name, home in lightning_mmd._HOME_OF.items()}
+    assert typed == lazy
+    assert set(lightning_mmd.__all__) == set(lazy)
+    for name in lightning_mmd.__all__:
+        assert getattr(lightning_mmd, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lightning_mmd.nothing

@@ -1,5 +1,6 @@
 """A progress bar on the clock of generator updates."""
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,11 +18,19 @@ class GeneratorProgressBar(TQDMProgressBar):
     """
 
     def init_train_tqdm(self) -> Tqdm:  # noqa: D102
-        bar = super().init_train_tqdm()
-        bar.unit = "update"
-        bar.total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        bar.n = bar.initial = self.trainer.global_step
-        return bar
+        max_steps = self.trainer.max_steps
+        return Tqdm(
+            desc=self.train_description,
+            total=max_steps if max_steps > 0 else None,
+            initial=self.trainer.global_step,
+            unit="update",
+            position=2 * self.process_position,
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Let the bar go on: it counts updates, not batches of an epoch."""
