@@ -1,13 +1,16 @@
 """The command line: ``lightning-mmd fit | validate | test | sample``."""
 
+import difflib
+import math
 import os
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -16,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 import lightning_mmd.data  # these four can then be named in YAML without their path
 import lightning_mmd.features
 import lightning_mmd.kernels
-import lightning_mmd.networks  # noqa: F401
+import lightning_mmd.networks
 from lightning_mmd.callbacks import MMDTracker, SampleGrid
 from lightning_mmd.module import MMDGAN
 
@@ -36,11 +39,18 @@ _NOISE = (  # warnings that say nothing to a user of this command
 
 
 class MMDCLI(LightningCLI):
-    """LightningCLI for ``MMDGAN``: data modules, loggers and callbacks by name."""
+    """LightningCLI for ``MMDGAN``: data modules, loggers and callbacks by name.
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse a checkpoint that cannot be read before anything is built or written."""
-        super().parse_arguments(parser, args)
+    ``seed_everything`` is the model's seed too. What a checkpoint recorded never replaces what the
+    configuration says.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the seeds."""
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_model_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint before anything is built; Lightning would take its arguments."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint(path)
@@ -52,9 +62,19 @@ class MMDCLI(LightningCLI):
     before_validate = before_test = before_fit
 
     def after_fit(self) -> None:
-        """Say what came of the run."""
+        """Save the last state beside the other checkpoints and say what came of the run."""
+        checkpoint = None
+        if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            callback = self.trainer.checkpoint_callback
+            if callback is not None and callback.dirpath:  # pyright: ignore
+                checkpoint = Path(callback.dirpath) / "last.ckpt"  # pyright: ignore
+                self.trainer.save_checkpoint(checkpoint)
         if self.trainer.is_global_zero:
-            print(summary(self.trainer))
+            print(summary(self.trainer, checkpoint))
+
+
+def _model_seed(seed_everything: bool | int) -> int:
+    return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -73,15 +93,15 @@ def check_checkpoint(path: str | Path) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: {str(error).strip().splitlines()[0]}. The "
-            "file may be cut off or of another kind; take an earlier checkpoint."
+            f"{path} cannot be read as a checkpoint: it is cut off, damaged or of another kind. "
+            "Take an earlier checkpoint."
         ) from error
     if not isinstance(checkpoint, dict) or "mmdgan" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of MMDGAN. Give one that this package wrote.")
 
 
 def log_offline_without_login(trainer: Trainer) -> None:
-    """Switch W&B loggers to offline mode, with a warning, where no login is configured.
+    """Switch W&B loggers to offline mode, with a warning, where no login is to be had.
 
     Args:
         trainer: The trainer whose loggers are about to start.
@@ -91,39 +111,50 @@ def log_offline_without_login(trainer: Trainer) -> None:
         return
     import wandb
 
-    if not wandb.login(prompt=False):
+    try:
+        reason = None if wandb.login(prompt=False) else "no login is configured"
+    except wandb.Error as error:  # a key that is refused, or no network
+        reason = f"the login failed ({error})"
+    if reason:
         for logger in loggers:
             logger._wandb_init["mode"] = "offline"
         rank_zero_warn(
-            "no Weights & Biases login is configured, so the run is logged offline. Run "
-            "'wandb login' once, or set WANDB_API_KEY, and 'wandb sync' uploads the folder later."
+            f"Weights & Biases: {reason}, so the run is logged offline. Run 'wandb login' once, or "
+            "set WANDB_API_KEY; 'wandb sync' uploads the folder later."
         )
 
 
-def summary(trainer: Trainer) -> str:
+def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
     """Describe a finished run: MMD^2 at the start, at the end and its floor, and where files are.
 
     Args:
         trainer: The trainer after ``fit``.
+        checkpoint: The last checkpoint, if there is one.
 
     Returns:
         A few lines of text.
     """
     lines = [f"{trainer.global_step} generator updates"]
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, MMDTracker) and callback.start and callback.last is not None:
-            floor = "not measured" if callback.floor is None else f"{callback.floor:.2g}"
-            ratio = callback.start / abs(callback.last)
-            lines[0] += (
-                f": MMD^2 {callback.start:.4g} -> {callback.last:.4g}, {ratio:.0f}-fold lower "
-                f"(real against real: {floor})"
-            )
+        if isinstance(callback, MMDTracker) and callback.history:
+            lines[0] += f"; {callback.name.replace('mmd2', 'MMD^2')} {_descent(callback)}"
         if isinstance(callback, SampleGrid) and callback.last_path:
             lines.append(f"samples:    {callback.last_path}")
-    checkpoint = trainer.checkpoint_callback
-    if checkpoint is not None and checkpoint.best_model_path:  # pyright: ignore
-        lines.append(f"checkpoint: {checkpoint.best_model_path}")  # pyright: ignore
+    if checkpoint is not None:
+        lines.append(f"checkpoint: {checkpoint}")
     return "\n".join(lines)
+
+
+def _descent(tracker: MMDTracker) -> str:
+    start, last = tracker.history[0]["mmd2"], tracker.history[-1]["mmd2"]
+    if not math.isfinite(last) or last >= start:
+        fall = "not lower"
+    elif last <= max(0.0, tracker.floor or 0.0):
+        fall = "at the floor"
+    else:
+        fall = f"{start / last:.3g}-fold lower"
+    floor = "" if tracker.floor is None else f"; real against real {tracker.floor:.2g}"
+    return f"{start:.4g} -> {last:.4g} ({fall}{floor})"
 
 
 def sample(
@@ -132,33 +163,40 @@ def sample(
     output: Path = Path("samples.png"),
     num_columns: int = 8,
     scale: int = 1,
+    value_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> None:
     """Draw samples from a checkpoint into one picture.
 
     Args:
         ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote.
-        num: How many samples.
+        num: How many samples; take thousands for points in the plane.
         output: The PNG file.
         num_columns: Images in a row.
         scale: Enlarges every pixel to scale x scale.
+        value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
+            range of both axes, by default what holds them all.
         seed: Of the latents.
     """
     check_checkpoint(ckpt_path)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must be a .png file, got {output}.")
     try:
-        model = MMDGAN.load_from_checkpoint(ckpt_path, map_location="cpu")
+        model = MMDGAN.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
     except TypeError as error:
         raise ValueError(
             f"{ckpt_path} does not say how its networks are built, because they were made in "
             "Python. Load it there: MMDGAN.load_from_checkpoint(path, generator=..., critic=...)."
         ) from error
-    grid = SampleGrid(num_samples=num, num_columns=num_columns, scale=scale, seed=seed)
+    grid = SampleGrid(
+        num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
+    )
     grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
     print(f"{num} samples: {output}")
 
 
-def main(args: ArgsType = None) -> None:
-    """Run the command line.
+def run(args: ArgsType = None) -> None:
+    """Run the command line; errors are raised.
 
     Args:
         args: Arguments; default: those of the process.
@@ -167,16 +205,54 @@ def main(args: ArgsType = None) -> None:
         warnings.filterwarnings("ignore", message=message)
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list) and arguments[:1] == ["sample"]:
-        auto_cli(sample, args=arguments[1:], as_positional=False, prog="lightning-mmd sample")
+        prog = "lightning-mmd sample"
+        auto_cli(sample, args=arguments[1:], as_positional=False, prog=prog, exit_on_error=False)
         return
     MMDCLI(
         MMDGAN,
         LightningDataModule,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": _DESCRIPTION},
+        parser_kwargs={
+            "description": _DESCRIPTION,
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")},
+        },
         args=args,
     )
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; an error becomes one message and exit status 2.
+
+    Set ``LIGHTNING_MMD_TRACEBACK=1`` to see where it came from.
+
+    Args:
+        args: Arguments; default: those of the process.
+    """
+    try:
+        run(args)
+    except (ArgumentError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if os.environ.get("LIGHTNING_MMD_TRACEBACK"):
+            raise
+        print(f"lightning-mmd: {_explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception) -> str:
+    """Shorten what a parser says of a name that it does not know, and name its neighbours."""
+    text = str(error).strip()
+    unknown = re.search(r"Expected a dot import path string: (\w+)", text)
+    if unknown is None:
+        return text
+    name = unknown[1]
+    modules = (lightning_mmd.kernels, lightning_mmd.data, lightning_mmd.networks)
+    known = sorted({n for m in modules for n, v in vars(m).items() if isinstance(v, type)})
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    kernels = ", ".join(n for n in lightning_mmd.kernels.__all__ if n[0].isupper())
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"there is no class named {name!r}. {hint}The kernels are: {kernels}."
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ class LearnedKernelCritic(nn.Module):
             )
         return h if self.random_features is None else self.random_features(h)
 
+    def feature_map(self) -> nn.Module:
+        """Return phi as a module that shares this critic's parameters."""
+        return (
+            self.features
+            if self.random_features is None
+            else nn.Sequential(self.features, self.random_features)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x), of shape (n,)."""
         return self.embed(x) @ self.weights

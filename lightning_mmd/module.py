@@ -4,10 +4,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_mmd.critics import LearnedKernelCritic
+from lightning_mmd.data import SampleDataModule
 from lightning_mmd.penalties import (
     Method,
     PenalisedCritic,
@@ -22,7 +23,13 @@ from lightning_mmd.penalties import (
     rkhs_norm_penalty,
     warn_of_kinks,
 )
-from lightning_mmd.pushforward import evaluate_critic, full_precision, trainable_parameters
+from lightning_mmd.pushforward import (
+    check_samples,
+    evaluate_critic,
+    full_precision,
+    refuse_shared_parameters,
+    trainable_parameters,
+)
 from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
 
 __all__ = ["MMDGAN"]
@@ -58,7 +65,7 @@ class MMDGAN(LightningModule):
         eta: Closed form without a ``generator_optimizer``: the generator moves by plain gradient
             descent with learning rate eta * alpha (eta * beta if alpha is 0), in (0, 1] for a
             descent. The natural time of the flow is eta a step.
-        witness_iterations: Closed form: most conjugate-gradient iterations an update, >= 0.
+        witness_iterations: Closed form: most conjugate-gradient iterations an update, >= 1.
         witness_tolerance: Closed form: relative residual at which the iterations stop, > 0.
         penalty_method: Adversarial: ``forward``, ``double_backward`` or ``finite_difference``, see
             ``parametric_gradient_penalty``.
@@ -113,12 +120,15 @@ class MMDGAN(LightningModule):
         _check_positive(
             eta=eta,
             witness_tolerance=witness_tolerance,
+            witness_iterations=witness_iterations,
             critic_steps=critic_steps,
             generator_clip_norm=generator_clip_norm,
             critic_clip_norm=critic_clip_norm,
             latent_dim=latent_dim,
         )
-        _check_critic(critic, critic_mode, alpha, beta)
+        _check_one_of("penalty_method", penalty_method, get_args(Method))
+        _check_one_of("penalty_estimator", penalty_estimator, ("batch", "split", "lagged"))
+        _check_networks(generator, critic, critic_mode, alpha, beta)
         if latent_dim is None and sample_latents is None:
             raise ValueError(
                 "MMDGAN needs to know what the generator takes: give latent_dim, the length of a "
@@ -128,6 +138,8 @@ class MMDGAN(LightningModule):
         # by its path alone. Modules that were built in Python cannot be recorded so.
         by_command_line = _given_hyperparameters.get() is not None
         self.save_hyperparameters(ignore=[] if by_command_line else _NOT_RECORDED)
+        if not by_command_line:
+            self._forget_unrecordable_hyperparameters()
         self.automatic_optimization = False
         self.generator = generator
         self.critic = critic
@@ -154,6 +166,7 @@ class MMDGAN(LightningModule):
         self.cumulative_lr = 0.0
         self.path_length = 0.0
         self._lagged_direction: Tensor | None = None
+        self._generator_metrics: dict[str, Any] = {}
 
     # Sampling
 
@@ -171,7 +184,13 @@ class MMDGAN(LightningModule):
             Latents for ``num`` samples, on the model's device.
         """
         if self._draw_latents is not None:
-            return self._draw_latents(num).to(self.device)
+            latents = self._draw_latents(num)
+            if len(latents) != num:
+                raise ValueError(
+                    f"sample_latents({num}) must return latents for {num} samples, got "
+                    f"{len(latents)}. Let it use its argument."
+                )
+            return latents.to(self.device)
         return torch.randn(num, self.latent_dim or 0, dtype=self._latent_dtype).to(self.device)
 
     def fixed_latents(self, num: int, seed: int = 0) -> Tensor:
@@ -219,16 +238,28 @@ class MMDGAN(LightningModule):
         if self.alpha > 0:
             warn_of_kinks(self.critic)
         z = self.fixed_latents(2)
-        try:
-            x = self.sample(2, z)
-        except Exception as error:
-            raise ValueError(
-                f"the generator {type(self.generator).__name__} does not take latents of shape "
-                f"{tuple(z.shape)}: {error}. Set latent_dim (now {self.latent_dim}) to what it "
-                "takes, or give sample_latents."
-            ) from error
-        with torch.no_grad(), _evaluating(self.critic):
-            evaluate_critic(self.critic, x)
+        with torch.no_grad(), _evaluating(self.generator), _evaluating(self.critic):
+            try:
+                x = self.generator(z)
+            except Exception as error:
+                raise ValueError(
+                    f"the generator {type(self.generator).__name__} does not take latents of shape "
+                    f"{tuple(z.shape)}: {error}. Set latent_dim (now {self.latent_dim}) to what it "
+                    "takes, or give sample_latents."
+                ) from error
+            check_samples(self.generator, x, z)
+            data = cast(Trainer, self.trainer).datamodule
+            if isinstance(data, SampleDataModule):
+                self._check_shapes(torch.empty(0, *data.sample_shape, dtype=x.dtype), x)
+            try:
+                values = self.critic(x)
+            except Exception as error:
+                raise ValueError(
+                    f"the critic {type(self.critic).__name__} does not take the generator's "
+                    f"samples of shape {tuple(x.shape[1:])}: {error}. Give both networks the shape "
+                    "of the data."
+                ) from error
+            evaluate_critic(lambda _: values, x)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Make one critic step and, every ``critic_steps``-th time, one generator update.
@@ -246,6 +277,8 @@ class MMDGAN(LightningModule):
         update = {"closed_form": self._closed_form_step, "adversarial": self._adversarial_step}
         with self._seeded(self.seed, self.global_rank, self.critic_step):
             metrics = update[self.critic_mode](real, moves_generator)
+        self._generator_metrics = metrics if moves_generator else self._generator_metrics
+        metrics = self._generator_metrics | metrics  # of the last update, on batches without one
         self.critic_step += 1
         self.images_seen += len(real) * self.trainer.world_size
         metrics |= {
@@ -262,7 +295,7 @@ class MMDGAN(LightningModule):
         z = self.sample_latents(len(real))
         parameters = self._generator_parameters
         embedding = MeanEmbedding(
-            critic.embed, self.generator, z, parameters, reduce=self._mean_over_processes
+            critic.feature_map(), self.generator, z, parameters, reduce=self._mean_over_processes
         )
         self._check_shapes(real, embedding.samples)
         with full_precision(self.device):
@@ -315,10 +348,7 @@ class MMDGAN(LightningModule):
         step_size: float,
     ) -> dict[str, Any]:
         """Compare the change of F = 1/2 ||delta||^2 on the same latents with the predicted one."""
-        critic = cast(LearnedKernelCritic, self.critic)
-        with full_precision(self.device):
-            samples = embedding.pushforward.replay(self._generator_parameters)
-            moved = self._mean_over_processes(real_mean - critic.embed(samples).mean(0))
+        moved = self._mean_over_processes(real_mean - embedding.mean_at(self._generator_parameters))
         before = solution.mmd2 / 2
         realised = moved.square().sum() / 2 - before
         predicted = -step_size * solution.descent_rate
@@ -361,14 +391,14 @@ class MMDGAN(LightningModule):
         if self.critic_step == 0:
             with torch.no_grad(), _evaluating(self.generator):
                 self._check_shapes(real, self.generator(z[:1]))
-        lagged = self.penalty_estimator == "lagged"
+        lagged = self.penalty_estimator == "lagged" and self._lagged_direction is not None
         return penalised_critic(
             self.critic,
             self.generator,
             z,
             self.penalty_method,
             estimator="split" if self.penalty_estimator == "split" else "batch",
-            direction=self._lagged_direction if lagged else None,
+            direction=self._lagged_direction.to(z) if lagged else None,
             parameters=self._generator_parameters,
             reduce=self._mean_over_processes,
         )
@@ -410,6 +440,8 @@ class MMDGAN(LightningModule):
         if index == 0 and self.penalty_estimator == "lagged":
             self._lagged_direction = -gradient
         norm = gradient.norm()
+        if not norm.isfinite():
+            raise self._diverged(f"the gradient of the {('generator', 'critic')[index]}")
         limit = (self.generator_clip_norm, self.critic_clip_norm)[index]
         if limit is not None:
             gradient = gradient * (limit / norm).clamp(max=1.0)
@@ -442,8 +474,10 @@ class MMDGAN(LightningModule):
 
     def _log_gap(self, stage: str, batch: Any, batch_idx: int) -> None:
         real = _samples_of(batch)
+        self._check_finite(real, real)
         latents = self.fixed_latents(len(real), _counter_seed(self.global_rank, batch_idx))
         fake = self.sample(len(real), latents)
+        self._check_shapes(real, fake)
         gap = evaluate_critic(self.critic, real).mean() - evaluate_critic(self.critic, fake).mean()
         self.log(f"{stage}/gap", gap, batch_size=len(real), sync_dist=True)
         self.log("step", float(self.trainer.global_step))
@@ -541,7 +575,19 @@ class MMDGAN(LightningModule):
             torch.manual_seed(_counter_seed(*counters))
             yield
 
+    def _forget_unrecordable_hyperparameters(self) -> None:
+        """Drop what a checkpoint could not be read with: networks and callables of subclasses."""
+        for hparams in (self._hparams, self._hparams_initial):
+            for name, value in list(hparams.items()):
+                if callable(value):
+                    del hparams[name]
+
     def _check_shapes(self, real: Tensor, fake: Tensor) -> None:
+        if real.dtype != fake.dtype:
+            raise ValueError(
+                f"the data are {real.dtype}, but the generator makes {fake.dtype}. Convert the "
+                "data, or set the trainer's precision (for example '64-true')."
+            )
         if real.shape[1:] != fake.shape[1:]:
             raise ValueError(
                 f"the data have samples of shape {tuple(real.shape[1:])}, but the generator makes "
@@ -556,10 +602,13 @@ class MMDGAN(LightningModule):
                 "a batch of real data holds NaN or infinite values. Clean the data set; nothing "
                 f"was updated with this batch (generator update {self.trainer.global_step})."
             )
-        raise RuntimeError(
-            f"training has diverged: the critic's objective is not finite at generator update "
+        raise self._diverged("the critic's objective")
+
+    def _diverged(self, quantity: str) -> RuntimeError:
+        return RuntimeError(
+            f"training has diverged: {quantity} is not finite at generator update "
             f"{self.trainer.global_step}. Lower the learning rates (or eta), or raise alpha or "
-            "beta; the last checkpoint is from before this update."
+            "beta, and go on from a checkpoint of well before this update."
         )
 
 
@@ -620,17 +669,28 @@ def _check_positive(**numbers: float | None) -> None:
             raise ValueError(f"{name} must be a positive number, got {number}.")
 
 
-def _check_critic(critic: nn.Module, critic_mode: str, alpha: float, beta: float) -> None:
+def _check_one_of(name: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
+
+
+def _check_networks(
+    generator: nn.Module, critic: nn.Module, critic_mode: str, alpha: float, beta: float
+) -> None:
+    _check_one_of("critic_mode", critic_mode, ("closed_form", "adversarial"))
+    refuse_shared_parameters(critic, generator)
+    for name, network in (("generator", generator), ("critic", critic)):
+        if not any(p.requires_grad for p in network.parameters()):
+            raise ValueError(
+                f"the {name} {type(network).__name__} has no parameter with requires_grad=True, so "
+                "there is nothing to train. Unfreeze some."
+            )
     for name, weight in (("alpha", alpha), ("beta", beta)):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {weight}.")
     if critic_mode == "adversarial":
         if beta > 0:
             rkhs_norm_penalty(critic)
-    elif critic_mode != "closed_form":
-        raise ValueError(
-            f"critic_mode must be 'closed_form' or 'adversarial', got {critic_mode!r}."
-        )
     elif not isinstance(critic, LearnedKernelCritic):
         raise TypeError(
             "critic_mode='closed_form' solves for the weights of a LearnedKernelCritic, got "

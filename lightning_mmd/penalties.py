@@ -16,6 +16,7 @@ from lightning_mmd.pushforward import (
     evaluate_critic,
     full_precision,
     refuse_once_differentiable,
+    refuse_shared_parameters,
     unfused_attention,
 )
 
@@ -170,7 +171,7 @@ def penalised_critic(
     if estimator not in ("batch", "split"):
         raise ValueError(f"estimator must be 'batch' or 'split', got {estimator!r}.")
     if isinstance(critic, nn.Module):
-        _refuse_shared_parameters(critic, generator)
+        refuse_shared_parameters(critic, generator)
         warn_of_kinks(critic)
     evaluate = _METHODS[method]
     # Fused attention has no second derivative: the critic, and for method="double_backward" the
@@ -272,17 +273,6 @@ def _check_direction(direction: Tensor | None, push: Pushforward) -> Tensor | No
             f"parameter, got {tuple(direction.shape)}."
         )
     return direction.detach()
-
-
-def _refuse_shared_parameters(critic: nn.Module, generator: nn.Module) -> None:
-    owned = {id(p) for p in critic.parameters()}
-    shared = [name for name, p in generator.named_parameters() if id(p) in owned]
-    if shared:
-        raise ValueError(
-            f"critic and generator share the parameters {shared}; the parametric-gradient penalty "
-            "differentiates in the one and holds the other, so no layer can belong to both. Copy "
-            "the shared layers."
-        )
 
 
 def warn_of_kinks(critic: nn.Module) -> None:

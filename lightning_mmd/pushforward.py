@@ -26,11 +26,13 @@ __all__ = [
     "DerivativeFallbackWarning",
     "Pushforward",
     "Replay",
+    "check_samples",
     "evaluate_critic",
     "full_precision",
     "parametric_gradient",
     "parametric_tangent",
     "refuse_once_differentiable",
+    "refuse_shared_parameters",
     "trainable_parameters",
     "unfused_attention",
 ]
@@ -138,6 +140,27 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
         waiting += following
 
 
+def refuse_shared_parameters(critic: nn.Module, generator: nn.Module) -> None:
+    """Refuse a layer that belongs to critic (or features) and generator.
+
+    The one is differentiated in while the other is held.
+
+    Args:
+        critic: Critic or feature map.
+        generator: Generator.
+
+    Raises:
+        ValueError: If they share a parameter.
+    """
+    owned = {id(p) for p in critic.parameters()}
+    shared = [name for name, p in generator.named_parameters() if id(p) in owned]
+    if shared:
+        raise ValueError(
+            f"critic and generator share the parameters {shared}; the theory differentiates in the "
+            "one and holds the other, so no layer can belong to both. Copy the shared layers."
+        )
+
+
 class Replay:
     """Repeats a forward pass from the buffers and the random state of the present moment.
 
@@ -229,7 +252,7 @@ class Pushforward:
         self._replay = Replay(generator, z.device)
         with torch.enable_grad(), full_precision(z.device):
             self._samples = functional_call(generator, {**held, **self._leaves}, (self.z,))
-        _check_samples(generator, self._samples, z)
+        check_samples(generator, self._samples, z)
         self._power_iterations = {
             key: buffer.clone()
             for name, module in _spectral_norms(generator)
@@ -545,7 +568,18 @@ def _flatten(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def _check_samples(generator: nn.Module, samples: Tensor, z: Tensor) -> None:
+def check_samples(generator: nn.Module, samples: Tensor, z: Tensor) -> None:
+    """Check what a generator returned.
+
+    Args:
+        generator: The generator.
+        samples: What it returned.
+        z: The latents that it was given.
+
+    Raises:
+        TypeError: If that is no tensor.
+        ValueError: If there is not one row for each latent.
+    """
     name = type(generator).__name__
     if not isinstance(samples, Tensor):
         raise TypeError(

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.pushforward import (
     Pushforward,
+    Replay,
     full_precision,
     refuse_once_differentiable,
+    refuse_shared_parameters,
     unfused_attention,
 )
 
@@ -68,6 +70,7 @@ class MeanEmbedding:
         self._reduce = reduce
         self.samples = self.pushforward.samples.requires_grad_()
         with torch.enable_grad(), full_precision(z.device), unfused_attention():
+            self._replay = Replay(features, z.device)
             phi = features(self.samples)
             if not isinstance(phi, Tensor) or phi.ndim != 2 or len(phi) != len(z):
                 got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
@@ -94,6 +97,15 @@ class MeanEmbedding:
             return torch.autograd.grad(
                 self.local_mean, self.samples, w, create_graph=True, materialize_grads=True
             )[0]
+
+    def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return this process's mean embedding at other generator parameters, by name.
+
+        Latents, buffers and dropout masks are those of this embedding, and the features still
+        those with the parameters of the present moment.
+        """
+        with torch.no_grad(), full_precision(self.samples.device):
+            return self._replay(self.pushforward.replay(parameters)).mean(0)
 
     def adjoint(self, w: Tensor) -> Tensor:
         """Return J^T w = L f of the witness with weights w, (P,), averaged over processes."""
@@ -217,6 +229,8 @@ def solve_witness(
     Source:
         Mroueh & Nguyen, arXiv 2011.02402: f = (alpha D + beta I)^-1 (mu_p - mu_q), D = L^T L.
     """
+    if isinstance(features, nn.Module):
+        refuse_shared_parameters(features, generator)
     embedding = MeanEmbedding(features, generator, z)
     solution = solve_embedding(
         embedding,

@@ -73,7 +73,7 @@ def test_config_is_consistent(name):
     features = critic["features"].get("init_args", {})
     assert features.get("num_features", critic["num_features"]) == critic["num_features"]
     if "generator_scheduler" in model:
-        assert model["generator_scheduler"]["init_args"]["T_max"] == trainer["max_steps"]
+        assert model["generator_scheduler"]["init_args"]["total_iters"] == trainer["max_steps"]
     intervals = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
     saves = intervals["ModelCheckpoint"]["every_n_train_steps"]
     assert trainer["max_steps"] % saves == 0  # so that the last state is saved

@@ -28,11 +28,13 @@ class SampleGrid(GeneratorCadence):
         every_n_steps: Generator updates between pictures, at least 1.
         num_samples: Samples in a picture. For points in the plane take thousands.
         num_columns: Images in a row.
-        dirpath: Directory of the files ``step=000100.png``; by default ``samples/`` in the
-            trainer's log directory.
+        dirpath: Directory of the files ``step=000100.png``; by default one named ``name`` in the
+            run's own directory, beside the checkpoints.
         seed: Of the latents, which are the same in every picture.
-        value_range: Pixel values drawn as black and white; for points, the range of both axes.
+        value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
+            range of both axes, by default what holds them all.
         scale: Enlarges every pixel to scale x scale, for example 4 for 8x8 images.
+        name: Name in the logs and of the default directory, to tell several grids apart.
 
     Attributes:
         last_path: File of the newest picture, None before the first.
@@ -55,8 +57,9 @@ class SampleGrid(GeneratorCadence):
         num_columns: int = 8,
         dirpath: str | Path | None = None,
         seed: int = 0,
-        value_range: tuple[float, float] = (-1.0, 1.0),
+        value_range: tuple[float, float] | None = None,
         scale: int = 1,
+        name: str = "samples",
     ) -> None:
         super().__init__(every_n_steps)
         if min(num_samples, num_columns, scale) < 1:
@@ -64,7 +67,7 @@ class SampleGrid(GeneratorCadence):
                 "SampleGrid needs num_samples, num_columns and scale of at least 1, got "
                 f"{num_samples}, {num_columns} and {scale}."
             )
-        if not value_range[0] < value_range[1]:
+        if value_range is not None and not value_range[0] < value_range[1]:
             raise ValueError(
                 f"SampleGrid needs value_range = (low, high) with low < high, got {value_range}."
             )
@@ -74,7 +77,12 @@ class SampleGrid(GeneratorCadence):
         self.seed = seed
         self.value_range = value_range
         self.scale = scale
+        self.name = name
         self.last_path: Path | None = None
+
+    @property
+    def state_key(self) -> str:  # noqa: D102
+        return self._generate_state_key(name=self.name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         super().setup(trainer, pl_module, stage)
@@ -88,22 +96,20 @@ class SampleGrid(GeneratorCadence):
             ) from error
 
     def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
-        # `log_dir` is a broadcast: every rank must ask for it.
-        log_dir = Path(trainer.log_dir or trainer.default_root_dir)
-        directory = log_dir / "samples" if self.dirpath is None else Path(self.dirpath)
         if not trainer.is_global_zero:
             return
         latents = model.fixed_latents(self.num_samples, self.seed)
         picture = self.draw(model.sample(self.num_samples, latents=latents))
         if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        self.last_path = directory / f"step={trainer.global_step:06d}.png"
+        directory = _run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
+        self.last_path = Path(directory) / f"step={trainer.global_step:06d}.png"
         self.save(picture, self.last_path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(self.last_path)], step=trainer.global_step)
+                logger.log_image(self.name, [str(self.last_path)], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", picture, global_step=trainer.global_step)
+                logger.experiment.add_image(self.name, picture, global_step=trainer.global_step)
 
     def draw(self, samples: Tensor) -> Tensor:
         """Return the picture of some samples.
@@ -117,7 +123,10 @@ class SampleGrid(GeneratorCadence):
         samples = samples.detach().float().cpu().nan_to_num()
         if samples.ndim == 4 and samples.shape[1] in (1, 3):
             picture = import_torchvision().utils.make_grid(
-                samples, nrow=self.num_columns, normalize=True, value_range=self.value_range
+                samples,
+                nrow=self.num_columns,
+                normalize=True,
+                value_range=self.value_range or (-1.0, 1.0),
             )
         elif samples.ndim == 2 and samples.shape[1] == 2:
             picture = self._scatter(samples).expand(3, -1, -1)
@@ -143,8 +152,18 @@ class SampleGrid(GeneratorCadence):
 
     def _scatter(self, points: Tensor) -> Tensor:
         """Return the picture of points in the plane, (bins, bins) in [0, 1], y upwards."""
-        low, high = self.value_range
+        limit = 1.05 * points.abs().max().clamp_min(1e-6).item()
+        low, high = self.value_range or (-limit, limit)
         counts = torch.histogramdd(
             points.clamp(low, high), bins=[SCATTER_BINS, SCATTER_BINS], range=[low, high] * 2
         ).hist
         return 1 - (counts / counts.max()).sqrt().T.flip(0)
+
+
+def _run_directory(trainer: Trainer) -> Path:
+    """Return the run's own directory, where ModelCheckpoint makes its ``checkpoints`` too."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
