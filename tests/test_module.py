@@ -351,7 +351,10 @@ def test_lagged_direction_is_the_last_mean_gradient(tmp_path):
         ({"critic_steps": 0}, "critic_steps must be a positive"),
         ({"eta": float("nan")}, "eta must be"),
         ({"latent_dim": None}, "needs to know what the generator takes"),
-        ({"critic_mode": "exact"}, "critic_mode must be"),
+        ({"critic_mode": "exact"}, "critic_mode must be one of closed_form, adversarial"),
+        ({"penalty_estimator": "spilt"}, "penalty_estimator must be one of batch, split, lagged"),
+        ({"penalty_method": "forwrd"}, "penalty_method must be one of forward"),
+        ({"witness_iterations": 0}, "witness_iterations must be a positive"),
         ({"generator_clip_norm": 0.0}, "generator_clip_norm must be"),
     ],
 )
@@ -413,3 +416,89 @@ def test_relu_critics_are_warned_of(tmp_path):
     model = MMDGAN(MLPGenerator(2, 3), critic, latent_dim=3, beta=0.1)
     with pytest.warns(KinkedCriticWarning, match="ReLU"):
         trainer(1, tmp_path).fit(model, loader())
+
+
+@pytest.mark.parametrize("critic_mode", MODES)
+def test_networks_that_cannot_be_trained_are_refused(critic_mode):
+    generator, features = MLPGenerator(2, 3, (16,)), MLPFeatures(2, 4, (2,))
+    features.layers[0] = nn.Linear(2, 2)
+    shared = copy.deepcopy(generator)
+    shared.layers.append(features.layers[0])
+    critic = LearnedKernelCritic(features, 4)
+    with pytest.raises(ValueError, match=r"share the parameters \['layers.3.weight"):
+        MMDGAN(shared, critic, latent_dim=3, critic_mode=critic_mode)
+    with pytest.raises(ValueError, match="the generator MLPGenerator has no parameter with"):
+        MMDGAN(generator.requires_grad_(False), critic, latent_dim=3, critic_mode=critic_mode)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
+    class Cusp(nn.Module):
+        """Finite in value, infinite in slope."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.scale.sqrt() * x.sum(1)
+
+    model = MMDGAN(
+        MLPGenerator(2, 3), Cusp(), latent_dim=3, alpha=0.0, beta=0.0, critic_mode="adversarial"
+    )
+    with pytest.raises(RuntimeError, match="diverged: the gradient of the critic is not finite"):
+        trainer(1, tmp_path).fit(model, loader())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_certificate_sees_one_dropout_mask(tmp_path):
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Dropout(0.3), nn.Linear(16, 16))
+    model = MMDGAN(
+        nn.Sequential(MLPGenerator(2, 3, (16,)), nn.Dropout(0.2)),
+        LearnedKernelCritic(features, 16),
+        latent_dim=3,
+        eta=1e-3,
+        beta=0.1,
+    )
+    logger = CSVLogger(tmp_path)
+    trainer(2, tmp_path, logger=logger).fit(model, loader(16))
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        ratios = [float(row["certificate/ratio"]) for row in csv.DictReader(file)]
+    assert all(0.95 < ratio < 1.05 for ratio in ratios)
+
+
+class WithBackbone(MMDGAN):
+    def __init__(self, backbone: nn.Module, width: int = 16):
+        critic = LearnedKernelCritic(MLPFeatures(2, width, (16,)), width)
+        super().__init__(backbone, critic, latent_dim=3, beta=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'backbone' is an instance of `nn.Module`")
+def test_a_subclass_that_takes_networks_resumes(tmp_path):
+    model = WithBackbone(MLPGenerator(2, 3, (16,)))
+    fit = trainer(2, tmp_path)
+    fit.fit(model, loader(16))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    again = WithBackbone(MLPGenerator(2, 3, (16,)))
+    trainer(3, tmp_path).fit(again, loader(16), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert again.critic_step == 3
+    assert again.hparams["width"] == 16
+
+
+def test_held_out_data_are_checked_too(tmp_path):
+    model = make_model()
+    held_out = DataLoader(torch.full((4, 2), torch.nan), batch_size=4)
+    with pytest.raises(ValueError, match="holds NaN"):
+        trainer(1, tmp_path).fit(model, loader(), held_out)
+    other = DataLoader(torch.randn(4, 3), batch_size=4)
+    with pytest.raises(ValueError, match=r"samples of shape \(3,\)"):
+        trainer(1, tmp_path).validate(model, other, verbose=False)
+
+
+def test_generator_metrics_are_logged_on_every_row(tmp_path):
+    logger = CSVLogger(tmp_path)
+    model = make_model("adversarial", critic_steps=5)
+    trainer(2, tmp_path, logger=logger, log_every_n_steps=3).fit(model, loader())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["generator/gradient_norm"] != "" for row in rows] == [False, True, True]
