@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_mmd.critics import LearnedKernelCritic
     from lightning_mmd.features import RandomFourierFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
+    from lightning_mmd.halving import bilinear_game, step_halving
     from lightning_mmd.kernels import (
         Energy,
         Gaussian,
@@ -43,6 +44,7 @@ _HOMES = {
     "critics": ["LearnedKernelCritic"],
     "features": ["RandomFourierFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
+    "halving": ["bilinear_game", "step_halving"],
     "kernels": [
         "Energy",
         "Gaussian",
@@ -89,6 +91,7 @@ __all__ = [
     "RationalQuadratic",
     "SampleGrid",
     "SumKernel",
+    "bilinear_game",
     "convergence_rates",
     "generator_flow",
     "input_gradient_penalty",
@@ -104,6 +107,7 @@ __all__ = [
     "relative_similarity_test",
     "rkhs_norm_penalty",
     "solve_witness",
+    "step_halving",
     "suggest_hyperparameters",
     "two_sample_test",
 ]

@@ -17,6 +17,7 @@ FLOORS = {
     "witness": 3,
     "penalties": 3,
     "flows": 4,
+    "halving": 4,
     "rates": 4,
     "metrics": 5,
     "data": 5,
