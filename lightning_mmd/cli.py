@@ -8,10 +8,12 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -45,6 +47,11 @@ class MMDCLI(LightningCLI):
     configuration says.
     """
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's subcommands, without one that has no data here."""
+        return {n: skip for n, skip in LightningCLI.subcommands().items() if n != "predict"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the seeds."""
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_model_seed)
@@ -54,6 +61,15 @@ class MMDCLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Leave the progress bar out where none is wanted: Lightning refuses both together."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("enable_progress_bar") is False and config.get("callbacks"):
+            bars = (callback for callback in config.callbacks if isinstance(callback, ProgressBar))
+            for bar in list(bars):
+                config.callbacks.remove(bar)
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Never let Weights & Biases stop a run to ask for a login."""
@@ -68,7 +84,7 @@ class MMDCLI(LightningCLI):
             callback = self.trainer.checkpoint_callback
             if callback is not None and callback.dirpath:  # pyright: ignore
                 checkpoint = Path(callback.dirpath) / "last.ckpt"  # pyright: ignore
-                self.trainer.save_checkpoint(checkpoint)
+                self.trainer.save_checkpoint(checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
 
@@ -203,6 +219,8 @@ def run(args: ArgsType = None) -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    if "" not in sys.path:  # so that a user's own networks are found beside the configuration
+        sys.path.insert(0, "")
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list) and arguments[:1] == ["sample"]:
         prog = "lightning-mmd sample"
@@ -217,7 +235,7 @@ def run(args: ArgsType = None) -> None:
         parser_kwargs={
             "description": _DESCRIPTION,
             "exit_on_error": False,
-            **{name: {"exit_on_error": False} for name in ("fit", "validate", "test", "predict")},
+            **{name: {"exit_on_error": False} for name in MMDCLI.subcommands()},
         },
         args=args,
     )

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -50,8 +51,8 @@ class MMDGAN(LightningModule):
     One batch is one critic step, and every ``critic_steps``-th batch moves the generator too.
     ``trainer.global_step`` counts generator updates only, so ``max_steps``, checkpoints, loggers
     and averages are all on that clock. Latents and dropout masks are functions of (seed, rank,
-    critic step), so that processes differ and a resumed run goes on as if never stopped. It runs
-    on plain ``strategy="ddp"``.
+    critic step), so that processes differ and a resumed run draws what it would have drawn (the
+    order of the data is the loader's own affair). It runs on plain ``strategy="ddp"``.
 
     Args:
         generator: Any module from latents to samples.
@@ -69,8 +70,8 @@ class MMDGAN(LightningModule):
         witness_tolerance: Closed form: relative residual at which the iterations stop, > 0.
         penalty_method: Adversarial: ``forward``, ``double_backward`` or ``finite_difference``, see
             ``parametric_gradient_penalty``.
-        penalty_estimator: Adversarial: ``batch``, ``split``, or ``lagged``, which takes the mean
-            gradient of the last generator update for an independent estimate of L f.
+        penalty_estimator: Adversarial: ``batch``, ``split``, or ``lagged``, which penalises L f
+            along the mean gradient of the last generator update alone.
         generator_optimizer: Callable from parameters to an optimizer. Default: closed form, SGD as
             under ``eta``; adversarial, Adam(lr=5e-4, betas=(0, 0.9)).
         critic_optimizer: Likewise, for the critic (in closed form: its features). Default:
@@ -244,11 +245,11 @@ class MMDGAN(LightningModule):
             except Exception as error:
                 raise ValueError(
                     f"the generator {type(self.generator).__name__} does not take latents of shape "
-                    f"{tuple(z.shape)}: {error}. Set latent_dim (now {self.latent_dim}) to what it "
-                    "takes, or give sample_latents."
+                    f"{tuple(z.shape)}: {str(error).rstrip('.')}. Set latent_dim (now "
+                    f"{self.latent_dim}) to what it takes, or give sample_latents."
                 ) from error
             check_samples(self.generator, x, z)
-            data = cast(Trainer, self.trainer).datamodule
+            data = getattr(self.trainer, "datamodule", None)
             if isinstance(data, SampleDataModule):
                 self._check_shapes(torch.empty(0, *data.sample_shape, dtype=x.dtype), x)
             try:
@@ -256,8 +257,8 @@ class MMDGAN(LightningModule):
             except Exception as error:
                 raise ValueError(
                     f"the critic {type(self.critic).__name__} does not take the generator's "
-                    f"samples of shape {tuple(x.shape[1:])}: {error}. Give both networks the shape "
-                    "of the data."
+                    f"samples of shape {tuple(x.shape[1:])}: {str(error).rstrip('.')}. Give both "
+                    "networks the shape of the data."
                 ) from error
             evaluate_critic(lambda _: values, x)
 
@@ -354,7 +355,7 @@ class MMDGAN(LightningModule):
         predicted = -step_size * solution.descent_rate
         speed = solution.speed2.clamp_min(0).sqrt()
         self.path_length += step_size * float(speed)
-        metrics = {"objective": before, "realised": realised, "speed": speed}
+        metrics: dict[str, Any] = {"objective": before, "realised": realised, "speed": speed}
         metrics["length"] = self.path_length
         if self._follows_the_flow:
             metrics |= {"predicted": predicted, "ratio": realised / predicted}
@@ -391,14 +392,14 @@ class MMDGAN(LightningModule):
         if self.critic_step == 0:
             with torch.no_grad(), _evaluating(self.generator):
                 self._check_shapes(real, self.generator(z[:1]))
-        lagged = self.penalty_estimator == "lagged" and self._lagged_direction is not None
+        lagged = self._lagged_direction if self.penalty_estimator == "lagged" else None
         return penalised_critic(
             self.critic,
             self.generator,
             z,
             self.penalty_method,
             estimator="split" if self.penalty_estimator == "split" else "batch",
-            direction=self._lagged_direction.to(z) if lagged else None,
+            direction=None if lagged is None else lagged.to(z),
             parameters=self._generator_parameters,
             reduce=self._mean_over_processes,
         )
@@ -480,7 +481,8 @@ class MMDGAN(LightningModule):
         self._check_shapes(real, fake)
         gap = evaluate_critic(self.critic, real).mean() - evaluate_critic(self.critic, fake).mean()
         self.log(f"{stage}/gap", gap, batch_size=len(real), sync_dist=True)
-        self.log("step", float(self.trainer.global_step))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.trainer.global_step))
 
     # Optimizers
 
@@ -577,7 +579,7 @@ class MMDGAN(LightningModule):
 
     def _forget_unrecordable_hyperparameters(self) -> None:
         """Drop what a checkpoint could not be read with: networks and callables of subclasses."""
-        for hparams in (self._hparams, self._hparams_initial):
+        for hparams in (self.hparams, cast(dict, self._hparams_initial)):
             for name, value in list(hparams.items()):
                 if callable(value):
                     del hparams[name]

@@ -211,6 +211,16 @@ def test_the_configuration_rules_over_the_checkpoint(checkpoint, tmp_path):
     assert recorded["global_step"] == 6
 
 
+def test_own_networks_are_found_and_the_bar_can_be_left_out(tmp_path, monkeypatch):
+    (tmp_path / "mynets.py").write_text(
+        "from lightning_mmd.networks import ConvGenerator\n\n\n"
+        "class MyGenerator(ConvGenerator):\n    pass\n"
+    )
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    fit("--model.generator.class_path=mynets.MyGenerator", "--trainer.enable_progress_bar=false")
+    assert (tmp_path / "runs/digits/version_0/checkpoints/last.ckpt").is_file()
+
+
 def test_the_seed_is_the_models_too(tmp_path):
     fit("--seed_everything=3")
     path = tmp_path / "runs/digits/version_0/checkpoints/last.ckpt"

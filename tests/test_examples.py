@@ -30,7 +30,7 @@ def test_plain_pytorch_descends():
 def test_the_readme_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    code = first.replace("max_steps=200", "max_steps=2, enable_progress_bar=False")
+    code = first.replace("max_steps=200", "max_steps=2, enable_progress_bar=False, logger=False")
     scope: dict = {}
     exec(code, scope)
     assert scope["images"].shape == (64, 1, 8, 8)
