@@ -181,9 +181,10 @@ def suggest_hyperparameters(
 
     so the largest rates are best until q = 1, where the deviation is gone after two steps. In all
     other cases the spectral radius is minimised numerically, on a grid of lambda and both rates
-    that is refined around its best point. For small rates the minimum is near
-    :math:`\lambda^* = \sqrt{\mu\tilde p\Delta} / \sigma, \mu = \eta_g / \eta_d`, where both
-    damping factors are equal, when the modes oscillate there.
+    that is refined around its best point. The published
+    :math:`\lambda^* = \sqrt{\mu\tilde p\Delta} / \sigma, \mu = \eta_g / \eta_d` makes the points'
+    factor equal to the critic's own, :math:`1 - \eta_d\lambda`; the latter is of second order for
+    the points and is not counted here, so the minimum may lie elsewhere.
 
     The rate is local: it says nothing of the basin of attraction, which grows with the bandwidth.
 
