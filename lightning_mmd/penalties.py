@@ -43,7 +43,8 @@ class PenalisedCritic(NamedTuple):
     """What one evaluation of the penalty yields.
 
     Attributes:
-        penalty: ||L f||^2, a scalar with the gradient in the critic's parameters.
+        penalty: ||L f||^2, or its part along a given direction, a scalar with the gradient in the
+            critic's parameters.
         values: Critic values on the generated samples, of shape (n,), with their graph.
         direction: L f of shape (P,) (the given one, where one was given), without a graph.
     """
@@ -199,10 +200,10 @@ def penalised_critic(
         if direction is None or independent:
             penalty = 2 * slope - slope.detach()  # v is held in <v, L f>: half of the gradient
         else:
-            along = reduce(slope.detach().reshape(1)).reshape(()) / v.square().sum().clamp_min(
-                torch.finfo(v.dtype).tiny
-            )
-            penalty = along * (2 * slope - along * v.square().sum())
+            length2 = v.square().sum()
+            mean_slope = reduce(slope.detach().reshape(1)).reshape(())
+            along = mean_slope / length2.clamp_min(torch.finfo(v.dtype).tiny)
+            penalty = along * (2 * slope - along * length2)
         return PenalisedCritic(penalty, torch.cat([*other_values, values]), v)
 
 
