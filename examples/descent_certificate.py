@@ -8,13 +8,13 @@ predicted over the realised decrease of every step, the order in dt at which the
 that is left in the limit dt -> 0, the decay of F beside exp(-2 t / alpha), and the path's length.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 
 from lightning_mmd import Gaussian, RandomFourierFeatures, generator_flow
@@ -70,15 +70,6 @@ def limit(values: Sequence[float]) -> float:
     return values[0]
 
 
-def report(rows: list[dict[str, float]], path: Path) -> None:
-    """Print a table and save it as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [list(rows[0]), *([f"{value:.6g}" for value in row.values()] for row in rows)]
-    print(f"\n{path.stem}", *("".join(f"{cell:>16}" for cell in line) for line in lines), sep="\n")
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
 def main(
     seeds: Sequence[int] = (0, 1, 2),
     num_halvings: int = 6,
@@ -88,11 +79,7 @@ def main(
     directory: Path = Path(__file__).parent,
 ) -> dict[str, list[dict[str, float]]]:
     """Measure, print, save tables and figure; return the tables."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise SystemExit("the figure needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(12, 3.6)
     decay_axes, ratio_axes, order_axes = figure.subplots(1, 3)
 
     steps = [COARSEST / 2**k for k in range(num_halvings + 1)]
@@ -141,12 +128,11 @@ def main(
     for axes in (decay_axes, ratio_axes, order_axes):
         axes.legend(fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(directory / "figures/descent_certificate.png", dpi=110)
+    save_figure(figure, directory / "figures/descent_certificate.png")
 
     tables = {"certificate": certificate, "identity": identity, "decay": decay}
     for name, rows in tables.items():
-        report(rows, directory / f"results/descent_{name}.csv")
+        save_table(rows, directory / f"results/descent_{name}.csv")
     return tables
 
 

@@ -11,13 +11,13 @@ hyperparameters of one point on another beside those of `suggest_hyperparameters
 """
 
 import cmath
-import csv
 import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
+from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 
 from lightning_mmd import (
@@ -111,15 +111,6 @@ def steps_to_tenth(radius: float) -> float:
     return math.log(0.1) / math.log(max(radius, 0.1)) if radius < 1 else 1e5
 
 
-def report(rows: list[dict[str, float]], path: Path) -> None:
-    """Print a table and save it as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [list(rows[0]), *([f"{value:.6g}" for value in row.values()] for row in rows)]
-    print(f"\n{path.stem}", *("".join(f"{cell:>20}" for cell in line) for line in lines), sep="\n")
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
 def main(
     sweep_steps: int = 1999,
     bandwidths: Sequence[float] = (0.3, 0.5, 1.0, 2.0),
@@ -130,11 +121,7 @@ def main(
     directory: Path = Path(__file__).parent,
 ) -> dict[str, list[dict[str, float]]]:
     """Measure, print, save tables and figure; return the tables."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise SystemExit("the figure needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
+    figure = new_figure(13.5, 3.8)
     sweep_axes, map_axes, grid_axes = figure.subplots(1, 3)
 
     game = {"norm_weight": 1.0, "critic_lr": 0.1, "generator_lr": 0.01, "num_steps": sweep_steps}
@@ -187,12 +174,11 @@ def main(
     grid_axes.legend(fontsize=7, loc="upper left")
     for axes in (sweep_axes, grid_axes):
         axes.spines[["top", "right"]].set_visible(False)
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(directory / "figures/kernel_gan_modes.png", dpi=110)
+    save_figure(figure, directory / "figures/kernel_gan_modes.png")
 
     tables = {"sweep": sweep, "rates": rates, "grid": grid}
     for name, rows in tables.items():
-        report(rows, directory / f"results/kernel_gan_{name}.csv")
+        save_table(rows, directory / f"results/kernel_gan_{name}.csv")
     return tables
 
 

@@ -11,12 +11,11 @@ y + level * u (one draw in grey, the mean in black), which is the gradient of a 
 The table says how many modes are found after following each of them.
 """
 
-import csv
-import io
 import math
 from pathlib import Path
 
 import torch
+from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 from torch.func import functional_call
 
@@ -50,15 +49,6 @@ def num_modes_found(y: Tensor) -> int:
     return int(((torch.cdist(centres(), y) < 0.45).double().mean(1) >= 0.5 / 8).sum())
 
 
-def report(rows: list[dict[str, str | int]], path: Path) -> None:
-    """Print a table and save it as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    print(f"\n{path.stem}", *("".join(f"{cell:>16}" for cell in line) for line in lines), sep="\n")
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
 def main(
     bandwidth: float = 0.4,
     noise_level: float = 0.6,
@@ -69,11 +59,6 @@ def main(
     directory: Path = Path(__file__).parent,
 ) -> list[dict[str, str | int]]:
     """Draw the three fields, print and return their numbers."""
-    try:
-        from matplotlib.figure import Figure
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise SystemExit("the figure needs matplotlib: pip install matplotlib") from error
     torch.manual_seed(seed)
     x, z = mixture(8, 50), torch.randn(256, 4, dtype=torch.float64)
     generator = MLPGenerator(sample_dim=2, latent_dim=4, hidden=(32, 32)).double()
@@ -123,7 +108,7 @@ def main(
         "regularised witness": (features(points) @ solution.weights, solution.tangents),
         "witness seen through noise": (faded, noisy.mean(0)),
     }
-    figure = Figure(figsize=(12, 4.3), layout="constrained")
+    figure = new_figure(12, 4.3)
     for axes, (title, (values, moves)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         height = values.view(resolution, resolution).T / values.abs().max()
         height = height.sign() * height.abs().sqrt()  # shows the faint parts
@@ -138,12 +123,8 @@ def main(
         axes.set(title=title, xticks=[], yticks=[], aspect="equal")
         axes.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9))
         axes.spines[:].set_visible(False)
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=90)
-    small = Image.open(picture).convert("RGB").quantize(128)  # a third of the bytes
-    small.save(directory / "figures/witness_fields.png", optimize=True)
-    report(rows, directory / "results/witness_fields.csv")
+    save_figure(figure, directory / "figures/witness_fields.png", dpi=90)
+    save_table(rows, directory / "results/witness_fields.csv")
     return rows
 
 

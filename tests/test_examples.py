@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def single_precision():
+def as_a_script(monkeypatch):
     torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(ROOT / "examples")
 
 
 def load(path):
