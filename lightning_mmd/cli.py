@@ -58,7 +58,8 @@ class MMDCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint before anything is built; Lightning would take its arguments."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if path is not None and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint(path)
 
