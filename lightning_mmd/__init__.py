@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_mmd.callbacks import GeneratorProgressBar, MMDTracker, SampleGrid
     from lightning_mmd.critics import LearnedKernelCritic
-    from lightning_mmd.features import RandomFourierFeatures
+    from lightning_mmd.features import RandomFourierFeatures, SumFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
     from lightning_mmd.halving import bilinear_game, step_halving
     from lightning_mmd.kernels import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "callbacks": ["GeneratorProgressBar", "MMDTracker", "SampleGrid"],
     "critics": ["LearnedKernelCritic"],
-    "features": ["RandomFourierFeatures"],
+    "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
     "halving": ["bilinear_game", "step_halving"],
     "kernels": [
@@ -90,6 +90,7 @@ __all__ = [
     "RandomFourierFeatures",
     "RationalQuadratic",
     "SampleGrid",
+    "SumFeatures",
     "SumKernel",
     "bilinear_game",
     "convergence_rates",

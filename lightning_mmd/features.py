@@ -1,11 +1,13 @@
 r"""Random features: explicit feature maps whose inner product approximates a kernel."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lightning_mmd.kernels import Kernel
 
-__all__ = ["RandomFourierFeatures"]
+__all__ = ["RandomFourierFeatures", "SumFeatures"]
 
 
 class RandomFourierFeatures(nn.Module):
@@ -89,3 +91,48 @@ class RandomFourierFeatures(nn.Module):
     def extra_repr(self) -> str:
         """Show the kernel and the sizes."""
         return f"{self.kernel}, in_features={self.in_features}, num_features={self.num_features}"
+
+
+class SumFeatures(nn.Module):
+    r"""Features of a sum of kernels: maps side by side.
+
+    .. math:: \phi(x) = (\sqrt{w_1}\,\phi_1(x), \sqrt{w_2}\,\phi_2(x), \ldots), \qquad
+        \langle\phi(x), \phi(y)\rangle = \sum_i w_i\,\langle\phi_i(x), \phi_i(y)\rangle
+
+    A fixed characteristic kernel on the samples beside a learned one keeps the sum characteristic
+    whatever the network has learned so far; MMD^2 is the weighted sum of theirs.
+
+    Args:
+        maps: Feature maps from samples (n, ...) to (n, r_i).
+        weights: Weight of each kernel, > 0; default: 1 each.
+
+    Raises:
+        ValueError: If there is no map, or the weights are not one positive number for each.
+
+    Example:
+        >>> import torch
+        >>> from lightning_mmd.kernels import Gaussian
+        >>> fixed = RandomFourierFeatures(Gaussian(), in_features=2, num_features=64)
+        >>> SumFeatures([fixed, torch.nn.Linear(2, 16)], weights=[1.0, 0.1])(torch.ones(5, 2)).shape
+        torch.Size([5, 80])
+    """
+
+    def __init__(self, maps: list[nn.Module], weights: list[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(maps) if weights is None else weights
+        if not maps or len(weights) != len(maps) or not all(0 < w < math.inf for w in weights):
+            raise ValueError(
+                "SumFeatures needs at least one map and one positive weight for each, got "
+                f"{len(maps)} maps and weights = {weights}."
+            )
+        self.maps = nn.ModuleList(maps)
+        self.weights = tuple(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map samples (n, ...) to features (n, r_1 + r_2 + ...)."""
+        parts = [w**0.5 * phi(x) for w, phi in zip(self.weights, self.maps, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def extra_repr(self) -> str:
+        """Show the weights."""
+        return f"weights={self.weights}"

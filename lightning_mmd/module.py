@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_mmd.critics import LearnedKernelCritic
+from lightning_mmd.damping import AutomaticDamping
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.penalties import (
     Method,
@@ -66,8 +68,14 @@ class MMDGAN(LightningModule):
         eta: Closed form without a ``generator_optimizer``: the generator moves by plain gradient
             descent with learning rate eta * alpha (eta * beta if alpha is 0), in (0, 1] for a
             descent. The natural time of the flow is eta a step.
+        automatic_damping: Closed form: adapt eta and beta, which are then starting values, to the
+            gain ratio of each update (eta up to 0.5), and undo an update that raised the MMD^2 of
+            its own batch, see ``AutomaticDamping``. It needs the default ``generator_optimizer``.
         witness_iterations: Closed form: most conjugate-gradient iterations an update, >= 1.
         witness_tolerance: Closed form: relative residual at which the iterations stop, > 0.
+        witness_overhead: Closed form: stop the iterations as soon as one was not worth its cost,
+            where this is the cost of an update without them in units of one (about 2.3), >= 0.
+            Default: go on to the tolerance or to ``witness_iterations``.
         penalty_method: Adversarial: ``forward``, ``double_backward`` or ``finite_difference``, see
             ``parametric_gradient_penalty``.
         penalty_estimator: Adversarial: ``batch``, ``split``, or ``lagged``, which penalises L f
@@ -104,8 +112,10 @@ class MMDGAN(LightningModule):
         critic_mode: Literal["closed_form", "adversarial"] = "closed_form",
         critic_steps: int = 1,
         eta: float = 0.4,
+        automatic_damping: bool = False,
         witness_iterations: int = 3,
         witness_tolerance: float = 1e-3,
+        witness_overhead: float | None = None,
         penalty_method: Method = "forward",
         penalty_estimator: Literal["batch", "split", "lagged"] = "batch",
         generator_optimizer: OptimizerCallable | None = None,
@@ -150,8 +160,13 @@ class MMDGAN(LightningModule):
         self.critic_mode = critic_mode
         self.critic_steps = critic_steps
         self.eta = eta
+        self.damping = None
+        if automatic_damping:
+            _check_dampable(critic_mode, generator_optimizer, generator_clip_norm)
+            self.damping = AutomaticDamping(largest_trust=_LARGEST_ETA / eta)
         self.witness_iterations = witness_iterations
         self.witness_tolerance = witness_tolerance
+        self.witness_overhead = witness_overhead
         self.penalty_method: Method = penalty_method
         self.penalty_estimator = penalty_estimator
         self.generator_optimizer = generator_optimizer
@@ -307,10 +322,11 @@ class MMDGAN(LightningModule):
             embedding,
             gap,
             alpha=self.alpha,
-            beta=self.beta,
+            beta=self.beta if self.damping is None else self.beta * self.damping.damping,
             tolerance=self.witness_tolerance,
             max_iterations=self.witness_iterations,
             initial=critic.weights.detach() if self.critic_step else None,
+            overhead=self.witness_overhead,
         )
         w = solution.weights
         # The features ascend <w, delta> - alpha/2 ||L f||^2, whose gradient holds w (envelope).
@@ -329,11 +345,10 @@ class MMDGAN(LightningModule):
         }
         features = self._critic_parameters
         features_gradient = self._gradient(-objective, features)
+        if not all(g.isfinite().all() for g in features_gradient):
+            raise self._diverged("the gradient of the critic")
         if moves_generator:  # before the features: the certificate is about those of the solution
-            step_size = self._optimizer(0).param_groups[0]["lr"]
-            gradients = [-solution.parametric_gradient]
-            metrics["generator/gradient_norm"] = self._move(0, parameters.values(), gradients)
-            metrics |= self._certificate(solution, embedding, real_mean.detach(), step_size)
+            metrics |= self._descend(solution, embedding, real_mean.detach())
         critic.weights.data.copy_(w)
         if features:
             norm = self._move(1, features.values(), features_gradient)
@@ -341,27 +356,38 @@ class MMDGAN(LightningModule):
         return metrics
 
     @torch.no_grad()
-    def _certificate(
-        self,
-        solution: WitnessSolution,
-        embedding: MeanEmbedding,
-        real_mean: Tensor,
-        step_size: float,
+    def _descend(
+        self, solution: WitnessSolution, embedding: MeanEmbedding, real_mean: Tensor
     ) -> dict[str, Any]:
-        """Compare the change of F = 1/2 ||delta||^2 on the same latents with the predicted one."""
+        """Move the generator along L f, and compare what came of it with what was predicted."""
+        parameters = list(self._generator_parameters.values())
+        trust = 1.0 if self.damping is None else self.damping.trust
+        step_size = trust * self._optimizer(0).param_groups[0]["lr"]
+        before = [p.clone() for p in parameters] if self.damping else []
+        norm = self._move(0, parameters, [-solution.parametric_gradient], trust)
         moved = self._mean_over_processes(real_mean - embedding.mean_at(self._generator_parameters))
-        before = solution.mmd2 / 2
-        realised = moved.square().sum() / 2 - before
-        predicted = -step_size * solution.descent_rate
+        energy = solution.mmd2 / 2
+        realised = moved.square().sum() / 2 - energy
         speed = solution.speed2.clamp_min(0).sqrt()
-        self.path_length += step_size * float(speed)
-        metrics: dict[str, Any] = {"objective": before, "realised": realised, "speed": speed}
-        metrics["length"] = self.path_length
+        metrics: dict[str, Any] = {"objective": energy, "realised": realised, "speed": speed}
         if self._follows_the_flow:
+            predicted = -step_size * solution.descent_rate
             metrics |= {"predicted": predicted, "ratio": realised / predicted}
             if self.alpha > 0:
                 metrics["theorem"] = -step_size * solution.theorem_rate
-        return {f"certificate/{name}": value for name, value in metrics.items()}
+        if self.damping is not None:
+            modelled = float(solution.model_decrease(step_size))
+            kept = self.damping.judge(-float(realised), modelled)
+            metrics |= {"trust": trust, "damping": solution.beta, "undone": float(not kept)}
+            if not kept:
+                self.cumulative_lr -= step_size
+                step_size = 0.0
+                for p, value in zip(parameters, before, strict=True):
+                    p.copy_(value)
+        self.path_length += step_size * float(speed)
+        metrics["length"] = self.path_length
+        metrics = {f"certificate/{name}": value for name, value in metrics.items()}
+        return {"generator/gradient_norm": norm} | metrics
 
     def _adversarial_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
         on_fake = self._penalised_critic(self.sample_latents(len(real)), real)
@@ -427,13 +453,17 @@ class MMDGAN(LightningModule):
             )
 
     def _move(
-        self, index: int, parameters: Iterable[Tensor], gradients: Iterable[Tensor]
+        self,
+        index: int,
+        parameters: Iterable[Tensor],
+        gradients: Iterable[Tensor],
+        scale: float = 1.0,
     ) -> Tensor:
-        """Average gradients over processes, clip, and step one optimizer and its scheduler.
+        """Average gradients over processes, clip, scale, and step one optimizer and its scheduler.
 
         Gradients come from ``torch.autograd.grad`` and are averaged here by one collective, never
         by a reducer's hooks: that is what makes plain ``strategy="ddp"`` work with two networks.
-        Returns the gradient's norm before clipping.
+        Returns the gradient's norm before clipping and scaling.
         """
         gradient = torch.cat([g.reshape(-1) for g in gradients])
         if index == 1 or self.critic_mode == "adversarial":  # L f in closed form is global already
@@ -446,12 +476,13 @@ class MMDGAN(LightningModule):
         limit = (self.generator_clip_norm, self.critic_clip_norm)[index]
         if limit is not None:
             gradient = gradient * (limit / norm).clamp(max=1.0)
+        gradient = gradient * scale
         parameters = list(parameters)
         for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
         optimizer = self._optimizer(index)
         if index == 0:
-            self.cumulative_lr += optimizer.param_groups[0]["lr"]
+            self.cumulative_lr += scale * optimizer.param_groups[0]["lr"]
         else:  # Lightning counts a step of any optimizer in global_step: the critic's are not to be
             optimizer._on_before_step = optimizer._on_after_step = _no_op
         optimizer.step()
@@ -540,23 +571,26 @@ class MMDGAN(LightningModule):
     # State
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the counters and the lagged direction."""
+        """Store the counters, the lagged direction and the damping."""
         checkpoint["mmdgan"] = {
             "critic_step": self.critic_step,
             "images_seen": self.images_seen,
             "cumulative_lr": self.cumulative_lr,
             "path_length": self.path_length,
             "lagged_direction": self._lagged_direction,
+            "damping": self.damping and asdict(self.damping),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters and the lagged direction."""
+        """Restore the counters, the lagged direction and the damping."""
         state = checkpoint["mmdgan"]
         self.critic_step = state["critic_step"]
         self.images_seen = state["images_seen"]
         self.cumulative_lr = state["cumulative_lr"]
         self.path_length = state["path_length"]
         self._lagged_direction = state["lagged_direction"]
+        if self.damping is not None and state["damping"] is not None:
+            self.damping = AutomaticDamping(**state["damping"])
 
     # Pieces
 
@@ -613,6 +647,8 @@ class MMDGAN(LightningModule):
             "beta, and go on from a checkpoint of well before this update."
         )
 
+
+_LARGEST_ETA = 0.5  # of automatic damping: longer steps follow the noise of a batch
 
 _NOT_RECORDED = [
     "generator",
@@ -674,6 +710,15 @@ def _check_positive(**numbers: float | None) -> None:
 def _check_one_of(name: str, value: str, values: tuple[str, ...]) -> None:
     if value not in values:
         raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
+
+
+def _check_dampable(critic_mode: str, generator_optimizer: Any, clip_norm: float | None) -> None:
+    if critic_mode != "closed_form" or generator_optimizer is not None or clip_norm is not None:
+        raise ValueError(
+            "automatic_damping adapts the steps of critic_mode='closed_form' along the flow: leave "
+            "generator_optimizer and generator_clip_norm unset (eta is where it starts), or set "
+            "automatic_damping to False."
+        )
 
 
 def _check_networks(

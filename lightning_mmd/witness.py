@@ -261,6 +261,7 @@ def solve_embedding(
     tolerance: float,
     max_iterations: int,
     initial: Tensor | None = None,
+    overhead: float | None = None,
 ) -> WitnessSolution:
     """Solve for the witness of a mean embedding that was evaluated before.
 
@@ -275,6 +276,9 @@ def solve_embedding(
         tolerance: See :func:`solve_witness`.
         max_iterations: See :func:`solve_witness`.
         initial: See :func:`solve_witness`.
+        overhead: What an update costs besides its iterations, in iterations, >= 0. When given, stop
+            also as soon as an iteration did not raise the descent rate <delta, D w> for the cost:
+            when its k-th raised it by less than the factor (overhead + k) / (overhead + k - 1).
 
     Returns:
         The solution, with its residual.
@@ -306,8 +310,13 @@ def solve_embedding(
     size = iterate.gap.norm()
     num_iterations = 0
     while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
+        rate = iterate.gap @ iterate.gramian_image
         iterate.conjugate_step()
         num_iterations += 1
+        if overhead is not None:
+            worth = (overhead + num_iterations) / max(overhead + num_iterations - 1, 1e-12)
+            if iterate.gap @ iterate.gramian_image < worth * rate:
+                break
     return WitnessSolution(
         weights=iterate.weights.to(gap.dtype),
         gap=gap.detach(),

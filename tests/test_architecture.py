@@ -13,6 +13,7 @@ FLOORS = {
     "pushforward": 1,
     "features": 2,
     "mmd": 2,
+    "damping": 3,
     "noise": 3,
     "witness": 3,
     "penalties": 3,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_mmd.features import RandomFourierFeatures
+from lightning_mmd.features import RandomFourierFeatures, SumFeatures
 from lightning_mmd.kernels import (
     Energy,
     Gaussian,
@@ -148,3 +148,23 @@ def test_rejects():
         with pytest.raises(ValueError, match=r"expects points of shape \(n, 3\)"):
             features(torch.ones(shape))
     assert "Gaussian(bandwidth=1.0), in_features=3, num_features=8" in repr(features)
+
+
+def test_sum_features_are_those_of_the_sum_of_kernels():
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3), torch.randn(4, 3)
+    parts = [RandomFourierFeatures(Gaussian(b), 3, 20, seed=i) for i, b in enumerate((0.5, 2.0))]
+    parts.append(torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.SiLU()))
+    features = SumFeatures(parts, weights=[2.0, 0.5, 0.1])
+    expected = sum(w * p(x) @ p(y).T for w, p in zip((2.0, 0.5, 0.1), parts, strict=True))
+    assert torch.allclose(features(x) @ features(y).T, expected, rtol=1e-12)
+    assert features(x).shape == (7, 46)
+    assert set(map(id, features.parameters())) == set(map(id, parts[2].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("maps", "weights"), [(0, None), (1, [1.0, 2.0]), (1, [0.0]), (1, [-1.0]), (1, [torch.inf])]
+)
+def test_sum_features_refuse_bad_weights(maps, weights):
+    with pytest.raises(ValueError, match="one positive weight for each, got"):
+        SumFeatures([torch.nn.Linear(2, 3)] * maps, weights)

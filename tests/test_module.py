@@ -1,5 +1,6 @@
 import copy
 import csv
+from itertools import pairwise
 
 import pytest
 import torch
@@ -450,6 +451,23 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_features_that_break_leave_the_generator_where_it_is(tmp_path):
+    class Broken(MLPFeatures):
+        def __init__(self):
+            super().__init__(2, 16, (16,))
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return super().forward(x) + self.scale.sqrt() * x[:, :1]  # infinite slope in scale
+
+    torch.manual_seed(0)
+    model = MMDGAN(MLPGenerator(2, 3), LearnedKernelCritic(Broken(), 16), latent_dim=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="diverged: the gradient of the critic is not finite"):
+        trainer(1, tmp_path).fit(model, loader())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 def test_the_certificate_sees_one_dropout_mask(tmp_path):
     torch.manual_seed(0)
     features = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Dropout(0.3), nn.Linear(16, 16))
@@ -502,3 +520,53 @@ def test_generator_metrics_are_logged_on_every_row(tmp_path):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["generator/gradient_norm"] != "" for row in rows] == [False, True, True]
+
+
+def test_automatic_damping_undoes_steps_that_are_too_long(tmp_path):
+    """From a step forty times too long, each rise is undone and the descent goes on."""
+    model = make_model(eta=20.0, automatic_damping=True)
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.before = copy.deepcopy(pl_module.generator.state_dict())
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            metrics, after = trainer.callback_metrics, pl_module.generator.state_dict()
+            unmoved = all(torch.equal(after[name], p) for name, p in self.before.items())
+            seen.append((float(metrics["certificate/realised"]), unmoved, pl_module.cumulative_lr))
+
+    torch.manual_seed(1)
+    real = ring(256)
+    trainer(60, tmp_path, callbacks=[Watch()]).fit(model, DataLoader(real, batch_size=256))
+    assert [unmoved for _, unmoved, _ in seen] == [realised > 0 for realised, *_ in seen]
+    assert 1 <= sum(unmoved for _, unmoved, _ in seen) < 30
+    for (_, _, before), (_, unmoved, after) in pairwise(seen):
+        assert (after == pytest.approx(before, rel=1e-12)) is unmoved
+    assert 0.05 < model.damping.trust * 20.0 <= 0.5 * 1.2
+    kernel = Gaussian(1.0)
+    start = mmd2_unbiased(real, make_model().sample(512), kernel)
+    assert mmd2_unbiased(real, model.sample(512), kernel) < 0.05 * start
+
+
+def test_automatic_damping_resumes(tmp_path):
+    data = loader(16)
+    through, first, second = (make_model(eta=5.0, automatic_damping=True) for _ in range(3))
+    trainer(6, tmp_path).fit(through, data)
+    half = trainer(2, tmp_path)
+    half.fit(first, data)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(6, tmp_path).fit(second, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert through.damping == second.damping != make_model(automatic_damping=True).damping
+    for p, q in zip(through.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_automatic_damping_is_of_the_flow_alone():
+    for kwargs in (
+        {"critic_mode": "adversarial"},
+        {"generator_optimizer": torch.optim.Adam},
+        {"generator_clip_norm": 1.0},
+    ):
+        with pytest.raises(ValueError, match="automatic_damping adapts the steps"):
+            make_model(automatic_damping=True, **kwargs)

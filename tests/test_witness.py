@@ -453,3 +453,21 @@ def test_embedding_of_chosen_parameters(problem):
     assert relative_error(embedding.adjoint(w), jacobian[:, -4:].T @ w) < 1e-12
     v = torch.randn(4)
     assert relative_error(embedding.push(v)[0], jacobian[:, -4:] @ v) < 1e-12
+
+
+@pytest.mark.parametrize("overhead", [0.5, 2.3, 20.0])
+def test_the_iterations_stop_where_they_no_longer_pay(problem, overhead):
+    """They stop at the first iteration that did not raise the descent rate per cost."""
+    features, generator, z, gap, _ = problem
+    options = {"alpha": 1.0, "beta": 1e-3, "tolerance": 1e-12}
+    rates = []
+    for n in range(1, 10):
+        embedding = MeanEmbedding(features, generator, z)
+        solution = solve_embedding(embedding, gap, max_iterations=n, **options)
+        rates.append(float(solution.descent_rate))
+    per_cost = [rate / (overhead + n) for n, rate in enumerate(rates, start=1)]
+    expected = 1 + next(n for n in range(1, 9) if per_cost[n] < per_cost[n - 1])
+    embedding = MeanEmbedding(features, generator, z)
+    solution = solve_embedding(embedding, gap, max_iterations=50, overhead=overhead, **options)
+    assert solution.num_iterations == expected
+    assert float(solution.descent_rate) == pytest.approx(rates[expected - 1], rel=1e-12)
