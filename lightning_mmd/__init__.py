@@ -4,7 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mmd.callbacks import GeneratorProgressBar, MMDTracker, SampleGrid
+    from lightning_mmd.callbacks import (
+        GeneratorEMA,
+        GeneratorProgressBar,
+        MMDTracker,
+        SampleGrid,
+    )
     from lightning_mmd.critics import LearnedKernelCritic
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from lightning_mmd.witness import KernelWitness, solve_witness
 
 _HOMES = {
-    "callbacks": ["GeneratorProgressBar", "MMDTracker", "SampleGrid"],
+    "callbacks": ["GeneratorEMA", "GeneratorProgressBar", "MMDTracker", "SampleGrid"],
     "critics": ["LearnedKernelCritic"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
@@ -77,6 +82,7 @@ __all__ = [
     "MMDGAN",
     "Energy",
     "Gaussian",
+    "GeneratorEMA",
     "GeneratorProgressBar",
     "InverseMultiquadric",
     "Kernel",

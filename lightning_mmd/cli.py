@@ -183,7 +183,7 @@ def sample(
     value_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> None:
-    """Draw samples from a checkpoint into one picture.
+    """Draw samples from a checkpoint into one picture, with averaged weights where it has any.
 
     Args:
         ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote.
@@ -209,7 +209,8 @@ def sample(
         num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
     )
     grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
-    print(f"{num} samples: {output}")
+    weights = "" if model.averaged_generator is None else " (averaged weights)"
+    print(f"{num} samples{weights}: {output}")
 
 
 def run(args: ArgsType = None) -> None:

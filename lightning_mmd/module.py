@@ -1,5 +1,6 @@
 """The LightningModule that trains a generator against a regularised kernel critic."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -182,6 +183,7 @@ class MMDGAN(LightningModule):
         self.cumulative_lr = 0.0
         self.path_length = 0.0
         self._lagged_direction: Tensor | None = None
+        self._averaged: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters()
         self._generator_metrics: dict[str, Any] = {}
 
     # Sampling
@@ -224,7 +226,7 @@ class MMDGAN(LightningModule):
 
     @torch.no_grad()
     def sample(self, num: int, latents: Tensor | None = None) -> Tensor:
-        """Generate samples in eval mode.
+        """Generate samples in eval mode, with averaged weights where there are any.
 
         Args:
             num: How many, >= 1; the length of ``latents`` if these are given.
@@ -239,10 +241,34 @@ class MMDGAN(LightningModule):
         if num < 1 or (latents is not None and len(latents) != num):
             length = "none" if latents is None else len(latents)
             raise ValueError(f"sample needs num >= 1 and as many latents, got {num} and {length}.")
-        with _evaluating(self.generator):
-            return self.generator(self.sample_latents(num) if latents is None else latents)
+        latents = self.sample_latents(num) if latents is None else latents
+        generator = self._averaged[0].to(self.device) if self._averaged else self.generator
+        with _evaluating(generator):
+            return generator(latents)
+
+    @property
+    def averaged_generator(self) -> nn.Module | None:
+        """What ``sample`` uses in place of the generator: of `GeneratorEMA`, or a checkpoint."""
+        return self._averaged[0] if self._averaged else None
+
+    def sample_with(self, generator: nn.Module | None) -> None:
+        """Let ``sample`` use another generator from now on, which is not trained or saved.
+
+        Args:
+            generator: For example an average of weights; None for the generator itself.
+        """
+        self._averaged = () if generator is None else (generator,)
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        """Forget an average of earlier weights when training begins.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        if stage == "fit":
+            self.sample_with(None)
 
     def on_fit_start(self) -> None:
         """Check on two samples that latents, generator and critic fit, before anything moves."""
@@ -582,7 +608,7 @@ class MMDGAN(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters, the lagged direction and the damping."""
+        """Restore the counters, the lagged direction, the damping and averaged weights."""
         state = checkpoint["mmdgan"]
         self.critic_step = state["critic_step"]
         self.images_seen = state["images_seen"]
@@ -591,6 +617,11 @@ class MMDGAN(LightningModule):
         self._lagged_direction = state["lagged_direction"]
         if self.damping is not None and state["damping"] is not None:
             self.damping = AutomaticDamping(**state["damping"])
+        trains = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if "averaged_generator" in checkpoint and not trains:  # in training the callback's affair
+            average = copy.deepcopy(self.generator)
+            average.load_state_dict(checkpoint["averaged_generator"])
+            self.sample_with(average)
 
     # Pieces
 

@@ -69,6 +69,19 @@ def test_fit_test_and_sample_take_a_checkpoint(checkpoint, tmp_path, capsys):
     assert "val/gap" in capsys.readouterr().out
 
 
+def test_sample_uses_averaged_weights_when_the_checkpoint_has_them(checkpoint, tmp_path, capsys):
+    main(["sample", f"--ckpt_path={checkpoint}", "--num=4", "--output=live.png"])
+    assert capsys.readouterr().out == "4 samples: live.png\n"
+    fit("--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_life=2")
+    (path,) = tmp_path.glob("runs/digits/version_1/checkpoints/last.ckpt")
+    capsys.readouterr()
+    main(["sample", f"--ckpt_path={path}", "--num=4", "--output=averaged.png"])
+    assert capsys.readouterr().out == "4 samples (averaged weights): averaged.png\n"
+    model = MMDGAN.load_from_checkpoint(path)
+    z = model.fixed_latents(4)
+    assert torch.equal(model.sample(4, z), model.averaged_generator.eval()(z))
+
+
 def test_a_run_resumed_by_the_command_line_is_the_uninterrupted_one(checkpoint, tmp_path):
     """Digits have 5 batches an epoch: 4 + 4 updates resume inside one. Order is not kept there,
 

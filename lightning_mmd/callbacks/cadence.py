@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_mmd.callbacks.ema import averaged_weights
+
 __all__ = ["GeneratorCadence", "Samples", "keep_random_state", "require_samples"]
 
 
@@ -37,7 +39,8 @@ class GeneratorCadence(Callback, ABC):
     Lightning's ``trainer.global_step`` counts generator updates in `MMDGAN`; a batch on which only
     the critic stepped leaves it unchanged. Each value of it is observed at most once, in a resumed
     run too. Observing leaves the random number generators of torch, numpy and Python as they were,
-    so training is the same with and without the callback.
+    so training is the same with and without the callback. Samples are of the averaged weights where
+    `GeneratorEMA` keeps some.
 
     Args:
         every_n_steps: Generator updates between observations, at least 1.
@@ -87,7 +90,7 @@ class GeneratorCadence(Callback, ABC):
     def _observe_once(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self.last_step:
             return
-        with keep_random_state(pl_module.device):
+        with keep_random_state(pl_module.device), averaged_weights(trainer, pl_module):
             self.observe(trainer, require_samples(self, pl_module))
         self.last_step = trainer.global_step
 
