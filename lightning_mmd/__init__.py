@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mmd.callbacks import (
+        BandwidthSchedule,
         GeneratorEMA,
         GeneratorProgressBar,
         MMDTracker,
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
     from lightning_mmd.witness import KernelWitness, solve_witness
 
 _HOMES = {
-    "callbacks": ["GeneratorEMA", "GeneratorProgressBar", "MMDTracker", "SampleGrid"],
+    "callbacks": [
+        "BandwidthSchedule",
+        "GeneratorEMA",
+        "GeneratorProgressBar",
+        "MMDTracker",
+        "SampleGrid",
+    ],
     "critics": ["LearnedKernelCritic"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
@@ -80,6 +87,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MMDGAN",
+    "BandwidthSchedule",
     "Energy",
     "Gaussian",
     "GeneratorEMA",

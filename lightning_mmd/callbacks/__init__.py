@@ -1,8 +1,15 @@
 """Callbacks for Lightning's Trainer, one a file."""
 
+from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.ema import GeneratorEMA
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
 from lightning_mmd.callbacks.samples import SampleGrid
 from lightning_mmd.callbacks.tracking import MMDTracker
 
-__all__ = ["GeneratorEMA", "GeneratorProgressBar", "MMDTracker", "SampleGrid"]
+__all__ = [
+    "BandwidthSchedule",
+    "GeneratorEMA",
+    "GeneratorProgressBar",
+    "MMDTracker",
+    "SampleGrid",
+]
