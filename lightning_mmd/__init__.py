@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         GeneratorEMA,
         GeneratorProgressBar,
         MMDTracker,
+        RelativeTestLR,
         SampleGrid,
     )
     from lightning_mmd.critics import LearnedKernelCritic
@@ -51,6 +52,7 @@ _HOMES = {
         "GeneratorEMA",
         "GeneratorProgressBar",
         "MMDTracker",
+        "RelativeTestLR",
         "SampleGrid",
     ],
     "critics": ["LearnedKernelCritic"],
@@ -103,6 +105,7 @@ __all__ = [
     "Polynomial",
     "RandomFourierFeatures",
     "RationalQuadratic",
+    "RelativeTestLR",
     "SampleGrid",
     "SumFeatures",
     "SumKernel",

@@ -3,6 +3,7 @@
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.ema import GeneratorEMA
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
+from lightning_mmd.callbacks.relative_test import RelativeTestLR
 from lightning_mmd.callbacks.samples import SampleGrid
 from lightning_mmd.callbacks.tracking import MMDTracker
 
@@ -11,5 +12,6 @@ __all__ = [
     "GeneratorEMA",
     "GeneratorProgressBar",
     "MMDTracker",
+    "RelativeTestLR",
     "SampleGrid",
 ]
