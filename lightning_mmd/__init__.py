@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_mmd.callbacks import (
         BandwidthSchedule,
+        ConvergenceMonitor,
         GeneratorEMA,
         GeneratorProgressBar,
         MMDTracker,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "callbacks": [
         "BandwidthSchedule",
+        "ConvergenceMonitor",
         "GeneratorEMA",
         "GeneratorProgressBar",
         "MMDTracker",
@@ -90,6 +92,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "MMDGAN",
     "BandwidthSchedule",
+    "ConvergenceMonitor",
     "Energy",
     "Gaussian",
     "GeneratorEMA",

@@ -36,7 +36,11 @@ from lightning_mmd.pushforward import (
 )
 from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
 
-__all__ = ["MMDGAN"]
+__all__ = ["MMDGAN", "DivergedError"]
+
+
+class DivergedError(RuntimeError):
+    """Training has diverged: a value is not finite."""
 
 
 class MMDGAN(LightningModule):
@@ -671,8 +675,8 @@ class MMDGAN(LightningModule):
             )
         raise self._diverged("the critic's objective")
 
-    def _diverged(self, quantity: str) -> RuntimeError:
-        return RuntimeError(
+    def _diverged(self, quantity: str) -> DivergedError:
+        return DivergedError(
             f"training has diverged: {quantity} is not finite at generator update "
             f"{self.trainer.global_step}. Lower the learning rates (or eta), or raise alpha or "
             "beta, and go on from a checkpoint of well before this update."

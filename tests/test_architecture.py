@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
     "kernels": 1,
     "pushforward": 1,
+    "verdicts": 1,
     "features": 2,
     "mmd": 2,
     "damping": 3,

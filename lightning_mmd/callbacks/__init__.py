@@ -1,6 +1,7 @@
 """Callbacks for Lightning's Trainer, one a file."""
 
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
+from lightning_mmd.callbacks.convergence import ConvergenceMonitor
 from lightning_mmd.callbacks.ema import GeneratorEMA
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
 from lightning_mmd.callbacks.relative_test import RelativeTestLR
@@ -9,6 +10,7 @@ from lightning_mmd.callbacks.tracking import MMDTracker
 
 __all__ = [
     "BandwidthSchedule",
+    "ConvergenceMonitor",
     "GeneratorEMA",
     "GeneratorProgressBar",
     "MMDTracker",

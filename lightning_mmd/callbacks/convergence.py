@@ -1,0 +1,264 @@
+"""Whether the game converges: watched while it is played, told in one sentence."""
+
+import dataclasses
+import math
+import random
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_mmd.callbacks.cadence import (
+    GeneratorCadence,
+    Samples,
+    keep_random_state,
+    require_samples,
+)
+from lightning_mmd.callbacks.ema import averaged_weights
+from lightning_mmd.callbacks.images import training_images
+from lightning_mmd.callbacks.learning_rates import scale_learning_rates
+from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
+from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
+from lightning_mmd.module import DivergedError
+from lightning_mmd.pushforward import evaluate_critic
+from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
+
+__all__ = ["ConvergenceMonitor"]
+
+
+class Before(NamedTuple):
+    """What an update is compared with."""
+
+    latents: Tensor
+    points: Tensor
+    values: Tensor | None
+    mmd2: float
+
+
+class ConvergenceMonitor(GeneratorCadence):
+    """Tell whether the game converges, cycles or has collapsed, and what to do.
+
+    Every ``every_n_steps`` generator updates it compares samples with training images and the
+    critic with itself one step ago: MMD^2, whether this update lowered it on the same latents (the
+    sampled stand-in of the descent certificate), the diversity of samples, the norm of L f, how
+    much one step changes the critic, and a random projection of the generator's parameters. `judge`
+    makes one verdict of the traces: converging, converged, cycling, collapsed, critic too weak,
+    critic too strong, or undecided, with the advice that the papers give. A verdict that changes is
+    told, and the last one at the end of training, also where it diverged.
+
+    Logged on the axis of generator updates, as ``convergence/...``: the traces, and the verdict by
+    its number in `VERDICTS`. A resumed run goes on exactly. With several processes the first one
+    observes. The verdict is about the training data: `MMDTracker` measures on held-out data.
+
+    Args:
+        every_n_steps: Generator updates between observations, at least 1. A cycle must last a few
+            of them to be seen.
+        kernel: Kernel on flattened images; default: Gaussian with the median distance of the data.
+        num_samples: Samples and images compared, at least 10.
+        critic: Attribute of the LightningModule that holds the critic, a module from samples to
+            values (n,) or (n, 1); None to leave the critic alone.
+        generator: Attribute that holds the generator.
+        act: Whether to leave a collapse: all learning rates are halved when it is found, and again
+            every 20 observations for which it lasts.
+        seed: Of images, latents and projection.
+
+    Attributes:
+        traces: What was observed.
+        verdict: The newest verdict, None before the first.
+        floor: What MMD^2 between two halves of the images hardly exceeds (1 % of permutations do),
+            scaled to the whole number.
+
+    Raises:
+        ValueError: If a number is out of range; at the start, if there are fewer than 10 images.
+        TypeError: If the training data cannot be read by index.
+        AttributeError: At set-up, if the module has no such critic or generator.
+
+    Source:
+        See `lightning_mmd.verdicts.judge`; Turinici, arXiv 2012.10410, for acting on a collapse.
+
+    Example:
+        >>> monitor = ConvergenceMonitor(every_n_steps=10)
+        >>> trainer = Trainer(max_steps=400, callbacks=[monitor], logger=False)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 5,
+        kernel: Kernel | None = None,
+        num_samples: int = 256,
+        critic: str | None = "critic",
+        generator: str = "generator",
+        act: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if num_samples < 10:
+            raise ValueError(
+                f"ConvergenceMonitor needs num_samples of at least 10, got {num_samples}."
+            )
+        self.kernel = kernel
+        self.num_samples = num_samples
+        self.critic = critic
+        self.generator = generator
+        self.act = act
+        self.seed = seed
+        self.traces = Traces()
+        self.verdict: Verdict | None = None
+        self.floor = math.nan
+        self._acted_at: int | None = None  # number of observations
+        self._before: Before | None = None
+        self._direction: Tensor | None = None
+        self._module: LightningModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        super().setup(trainer, pl_module, stage)
+        for name in (self.generator, self.critic):
+            if name is not None and not isinstance(getattr(pl_module, name, None), nn.Module):
+                names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+                raise AttributeError(
+                    f"ConvergenceMonitor watches the network {name!r}, which "
+                    f"{type(pl_module).__name__} does not have. Its networks are: {names}. Name "
+                    "them by generator=... and critic=... (None for no critic)."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._module, self._before = pl_module, None
+        if trainer.global_step == 0:  # a new run, not a resumed one
+            self.traces, self.verdict, self._acted_at = Traces(), None, None
+        if trainer.is_global_zero:
+            with keep_random_state(pl_module.device):
+                torch.manual_seed(self.seed)  # of random transforms
+                self._prepare(training_images(self, trainer, self.num_samples, self.seed))
+        super().on_train_start(trainer, pl_module)
+
+    def _prepare(self, images: Tensor) -> None:
+        if len(images) < 10:
+            raise ValueError(
+                f"ConvergenceMonitor needs at least 10 training images, got {len(images)}."
+            )
+        module = self._watched()
+        self._real = images.to(module.device)
+        flat = self._real.flatten(1)
+        self._kernel = self.kernel or Gaussian(median_bandwidth(flat))
+        test = two_sample_test(flat[::2], flat[1::2], self._kernel, num_permutations=200)
+        # The null distribution of the U-statistic scales like 1 / n.
+        self.floor = max(test.null_statistics.quantile(0.99).item() / 2, 1e-12)
+        self._spread = _mean_distance(self._real)
+        num = sum(p.numel() for p in getattr(module, self.generator).parameters())
+        seeded = torch.Generator().manual_seed(self.seed)
+        direction = torch.randn(num, generator=seeded, dtype=torch.float64)
+        self._direction = direction / direction.norm()
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and (trainer.global_step + 1) % self.every_n_steps == 0:
+            with keep_random_state(pl_module.device), averaged_weights(trainer, pl_module):
+                self._before = self._look(trainer.global_step, require_samples(self, pl_module))
+
+    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+        if trainer.is_global_zero:
+            self._record(trainer, model)
+        if self.act:
+            self._leave_a_collapse(trainer)
+
+    @torch.no_grad()
+    def _look(self, step: int, model: Samples) -> Before:
+        seed = random.Random(f"convergence {self.seed} {step}").getrandbits(32)
+        latents = model.fixed_latents(self.num_samples, seed)
+        fake = model.sample(self.num_samples, latents)
+        points = torch.cat([self._real, fake.to(self._real.dtype)])
+        return Before(latents, points, self._evaluate(points), self._mmd2(fake))
+
+    @torch.no_grad()
+    def _record(self, trainer: Trainer, model: Samples) -> None:
+        before, self._before = self._before, None
+        look = self._look(trainer.global_step, model)
+        descent = change = math.nan
+        if before is not None:
+            descent = self._mmd2(model.sample(self.num_samples, before.latents)) - before.mmd2
+            after = self._evaluate(before.points)
+            if after is not None and before.values is not None:
+                sizes = float(after.std() + before.values.std())
+                change = float((after - before.values).std()) / max(sizes, 1e-30)
+        gradient = trainer.callback_metrics.get("generator/gradient_norm")
+        parameters = getattr(self._watched(), self.generator).parameters()
+        theta = torch.cat([p.detach().flatten().double().cpu() for p in parameters])
+        entry = {
+            "mmd2": look.mmd2,
+            "descent": descent,
+            "diversity": _mean_distance(look.points[len(self._real) :]) / self._spread,
+            "critic_scale": math.nan if look.values is None else float(look.values.std()),
+            "critic_change": change,
+            "gradient_norm": math.nan if gradient is None else float(gradient),
+            "projection": math.nan if self._direction is None else float(theta @ self._direction),
+        }
+        self.traces.steps.append(trainer.global_step)
+        for name, value in entry.items():
+            getattr(self.traces, name).append(value)
+        verdict = judge(self.traces, self.floor)
+        if self.verdict is not None and verdict.name != self.verdict.name:
+            rank_zero_info(f"ConvergenceMonitor, update {trainer.global_step}: {verdict}")
+        self.verdict = verdict
+        scalars = {f"convergence/{k}": v for k, v in entry.items() if math.isfinite(v)}
+        scalars["convergence/verdict"] = VERDICTS.index(verdict.name)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def _leave_a_collapse(self, trainer: Trainer) -> None:
+        observed = len(self.traces.steps)
+        rested = self._acted_at is None or observed >= self._acted_at + 20
+        collapsed = self.verdict is not None and self.verdict.name == "collapsed"
+        if trainer.strategy.broadcast(collapsed and rested):
+            rates = scale_learning_rates(trainer, 0.5)
+            self._acted_at = observed
+            shown = ", ".join(f"{rate:.3g}" for rate in rates)
+            rank_zero_info(f"ConvergenceMonitor: collapsed; learning rates are now {shown}.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        super().on_train_end(trainer, pl_module)
+        if self.verdict is not None:
+            rank_zero_info(f"ConvergenceMonitor: {self.verdict}")
+
+    def on_exception(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, DivergedError) and trainer.is_global_zero:
+            self.verdict = judge(self.traces, self.floor, diverged=True)
+            rank_zero_info(f"ConvergenceMonitor: {self.verdict}")
+
+    def _evaluate(self, points: Tensor) -> Tensor | None:
+        if self.critic is None:
+            return None
+        critic = getattr(self._watched(), self.critic)
+        training = [module for module in critic.modules() if module.training]
+        critic.eval()
+        try:
+            return evaluate_critic(critic, points).double()
+        finally:
+            for module in training:
+                module.training = True
+
+    def _mmd2(self, fake: Tensor) -> float:
+        flat = self._real.flatten(1)
+        return mmd2_unbiased(flat, fake.flatten(1).to(flat), self._kernel).item()
+
+    def _watched(self) -> LightningModule:
+        if self._module is None:
+            raise RuntimeError("ConvergenceMonitor observes in training only. Call trainer.fit.")
+        return self._module
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        traces = {name: list(values) for name, values in dataclasses.asdict(self.traces).items()}
+        return {**super().state_dict(), "traces": traces, "acted_at": self._acted_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state_dict)
+        self.traces = Traces(**{k: list(v) for k, v in state_dict["traces"].items()})
+        self._acted_at = state_dict["acted_at"]
+
+
+def _mean_distance(points: Tensor) -> float:
+    return float(torch.pdist(points.flatten(1).double()).mean())

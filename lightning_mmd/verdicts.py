@@ -1,0 +1,228 @@
+"""What a training game is doing, told from traces of a few numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal, get_args
+
+__all__ = ["VERDICTS", "Traces", "Verdict", "judge", "swings"]
+
+Name = Literal[
+    "undecided",
+    "converged",
+    "converging",
+    "cycling",
+    "collapsed",
+    "critic too weak",
+    "critic too strong",
+]
+VERDICTS: tuple[Name, ...] = get_args(Name)
+"""The verdicts, in the order of their numbers in logs."""
+
+_ADVICE: dict[Name, str] = {
+    "undecided": "Train longer, or observe more often.",
+    "converged": "Stop, or go on with a lower learning rate, a narrower bandwidth or more samples.",
+    "converging": "Go on.",
+    "cycling": "Raise alpha (from 0, try 1) or beta, or use critic_mode='closed_form', which does "
+    "not cycle; or lower the generator's learning rate.",
+    "collapsed": "Change the learning rate (a collapse is not a limit of the dynamics), widen the "
+    "bandwidth, or inject noise.",
+    "critic too weak": "Raise the critic's learning rate or critic_steps, or lower the generator's "
+    "learning rate.",
+    "critic too strong": "Lower the critic's learning rate (stable: rate * (alpha * "
+    "lambda_max(J J^T) + beta) < 2), or eta in closed form; or lower alpha.",
+}
+
+
+@dataclass
+class Traces:
+    """Numbers of a training, one of each an observation; NaN where there is none.
+
+    Args:
+        steps: Generator updates.
+        mmd2: Unbiased MMD^2 of samples against data.
+        descent: Change of that MMD^2, on the same latents, by the last generator update.
+        diversity: Mean distance between samples over that between data.
+        critic_scale: Standard deviation of the critic's values on data and samples.
+        critic_change: Standard deviation of the change of these values by one critic step, over
+            the sum of those before and after: 0 for a critic that stands still, about 0.7 for one
+            that is drawn anew.
+        gradient_norm: Norm of the mean gradient of the critic in the generator's parameters.
+        projection: The generator's parameters along a fixed random direction.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    mmd2: list[float] = field(default_factory=list)
+    descent: list[float] = field(default_factory=list)
+    diversity: list[float] = field(default_factory=list)
+    critic_scale: list[float] = field(default_factory=list)
+    critic_change: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    projection: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A name, why, and what to do.
+
+    Args:
+        name: One of `VERDICTS`.
+        reason: The numbers that led to it.
+        advice: What the papers advise.
+    """
+
+    name: Name
+    reason: str
+    advice: str
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether something should be changed."""
+        return VERDICTS.index(self.name) > VERDICTS.index("converging")
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}. {self.advice}"
+
+
+def judge(
+    traces: Traces,
+    floor: float,
+    *,
+    diverged: bool = False,
+    min_observations: int = 20,
+    collapse: float = 0.2,
+    restless: float = 0.3,
+    idle: float = 0.01,
+) -> Verdict:
+    r"""Tell what a training is doing from its traces, the newest half of them above all.
+
+    In this order:
+
+    * values are not finite: the critic is too strong;
+    * one critic step changes the critic by ``restless`` or more, in the median, while MMD^2 is
+      above its floor and has not fallen to a quarter: too strong, its steps overshoot;
+    * it changes by less than ``idle``, its scale never trebled and MMD^2 has not halved: too weak;
+    * samples are less than ``collapse`` as far apart as data are: collapsed;
+    * MMD^2 is within twice the floor: converged;
+    * it fell to a third of its start and does not rise, or is falling: converging;
+    * it swings forth and back at least three times: cycling;
+    * none of these: undecided.
+
+    Args:
+        traces: Observations, the first before training.
+        floor: What MMD^2 of data against data hardly exceeds, > 0.
+        diverged: Whether training broke off because a value was not finite.
+        min_observations: Fewer give no verdict, unless the run diverged.
+        collapse: Least share of the data's diversity, in (0, 1).
+        restless: Change of the critic a step from which it is too strong, in (0, 1).
+        idle: Change of the critic a step below which it may be too weak, in (0, 1).
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: If the floor is not positive.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402 (cycles without the penalty, alpha); Turinici, arXiv
+        2012.10410 (collapse and the learning rate); Becker et al., arXiv 2305.08277 (bandwidth and
+        rates). The thresholds are ours.
+
+    Example:
+        >>> steps = list(range(0, 400, 10))
+        >>> falling = Traces(steps, [0.8**t for t in range(40)])
+        >>> judge(falling, floor=1e-3).name
+        'converged'
+        >>> ring = Traces(steps, [1 + math.sin(t) for t in range(40)])
+        >>> judge(ring, floor=1e-3).name
+        'cycling'
+    """
+    if not floor > 0:
+        raise ValueError(f"judge needs a floor > 0, got {floor}.")
+    mmd2 = traces.mmd2
+    finite = all(map(math.isfinite, mmd2))
+    if diverged or not finite:
+        return _verdict("critic too strong", "values are not finite")
+    if len(mmd2) < min_observations:
+        return _verdict("undecided", f"{len(mmd2)} observations of {min_observations} at least")
+    half, quarter = len(mmd2) // 2, len(mmd2) // 4
+    start, before, now = mmd2[0], median(mmd2[half:-quarter]), median(mmd2[-quarter:])
+    level = f"MMD^2 {start:.3g} -> {now:.3g}"
+    change = _median(traces.critic_change[half:])
+    if change >= restless and now > max(2 * floor, start / 4):
+        return _verdict(
+            "critic too strong", f"one step changes {change:.0%} of the critic; {level}"
+        )
+    scales = [scale for scale in traces.critic_scale if math.isfinite(scale)]
+    growth = _median(scales[len(scales) // 2 :]) / max(scales[0], 1e-30) if scales else math.nan
+    if change < idle and growth < 3 and now > start / 2:
+        return _verdict("critic too weak", f"one step changes {change:.2%} of the critic; {level}")
+    diversity = _median(traces.diversity[-quarter:])
+    if diversity < collapse:
+        return _verdict(
+            "collapsed", f"samples are {diversity:.1%} as far apart as the data; {level}"
+        )
+    if now <= 2 * floor:
+        return _verdict("converged", f"{level}, floor {floor:.2g}")
+    turns = swings(mmd2[half // 2 :], noise=2 * floor)
+    fell = now <= start / 3 and now <= 1.5 * before + floor
+    falls = now <= 0.8 * before and now < start and turns < 3
+    if fell or falls:
+        return _verdict("converging", level)
+    if turns >= 3:
+        span = traces.steps[-1] - traces.steps[half // 2]
+        period = f"about every {2 * span / turns:.0f} updates"
+        rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
+        updates = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
+        return _verdict("cycling", f"MMD^2 returns {period}{updates}; {level}")
+    return _verdict("undecided", f"{level}, neither falling nor returning")
+
+
+def swings(trace: Sequence[float], noise: float = 0.0) -> int:
+    """Count how often a trace crosses from below the middle of its range to above, or back.
+
+    A crossing counts once the trace is a fifth of its range beyond the middle. The range is that
+    between the tenth and the ninetieth percentile.
+
+    Args:
+        trace: Numbers in order of time.
+        noise: A range below twice this, or below a third of the middle, counts as none.
+
+    Returns:
+        The number of crossings; about two a period.
+
+    Example:
+        >>> swings([0, 1, 0, 1, 1, 0])
+        4
+        >>> swings([5, 4, 3, 2, 1])
+        1
+    """
+    ordered = sorted(trace)
+    if len(ordered) < 3:
+        return 0
+    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    middle, span = (low + high) / 2, high - low
+    if span <= max(2 * noise, abs(middle) / 3):
+        return 0
+    count, side = 0, 0
+    for value in trace:
+        now = (value > middle + span / 5) - (value < middle - span / 5)
+        if now and now != side:
+            count += side != 0
+            side = now
+    return count
+
+
+def _verdict(name: Name, reason: str) -> Verdict:
+    return Verdict(name, reason, _ADVICE[name])
+
+
+def _median(values: Sequence[float]) -> float:
+    """Return the median of the values that are numbers, NaN where there is none."""
+    finite = [value for value in values if not math.isnan(value)]
+    return median(finite) if finite else math.nan
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits) if hits else math.nan
