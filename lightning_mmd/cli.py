@@ -22,7 +22,7 @@ import lightning_mmd.data  # these four can then be named in YAML without their 
 import lightning_mmd.features
 import lightning_mmd.kernels
 import lightning_mmd.networks
-from lightning_mmd.callbacks import MMDTracker, SampleGrid
+from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["MMDCLI", "main", "sample"]
@@ -157,6 +157,8 @@ def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
             lines[0] += f"; {callback.name.replace('mmd2', 'MMD^2')} {_descent(callback)}"
         if isinstance(callback, SampleGrid) and callback.last_path:
             lines.append(f"samples:    {callback.last_path}")
+        if isinstance(callback, ConvergenceMonitor) and callback.verdict:
+            lines.append(f"verdict:    {callback.verdict}")
     if checkpoint is not None:
         lines.append(f"checkpoint: {checkpoint}")
     return "\n".join(lines)

@@ -93,7 +93,7 @@ def judge(
     min_observations: int = 20,
     collapse: float = 0.2,
     restless: float = 0.3,
-    idle: float = 0.01,
+    idle: float = 0.1,
 ) -> Verdict:
     r"""Tell what a training is doing from its traces, the newest half of them above all.
 
@@ -101,8 +101,10 @@ def judge(
 
     * values are not finite: the critic is too strong;
     * one critic step changes the critic by ``restless`` or more, in the median, while MMD^2 is
-      above its floor and has not fallen to a quarter: too strong, its steps overshoot;
-    * it changes by less than ``idle``, its scale never trebled and MMD^2 has not halved: too weak;
+      above twice the floor and a tenth of its start, and does not fall by half within a quarter of
+      the run: too strong, its steps overshoot;
+    * it changes by less than ``idle``, its scale has not trebled since the start and MMD^2 has not
+      halved: too weak, it never learned what tells samples from data;
     * samples are less than ``collapse`` as far apart as data are: collapsed;
     * MMD^2 is within twice the floor: converged;
     * it fell to a third of its start and does not rise, or is falling: converging;
@@ -150,14 +152,17 @@ def judge(
     start, before, now = mmd2[0], median(mmd2[half:-quarter]), median(mmd2[-quarter:])
     level = f"MMD^2 {start:.3g} -> {now:.3g}"
     change = _median(traces.critic_change[half:])
-    if change >= restless and now > max(2 * floor, start / 4):
+    if change >= restless and now > max(2 * floor, start / 10, before / 2):
         return _verdict(
             "critic too strong", f"one step changes {change:.0%} of the critic; {level}"
         )
     scales = [scale for scale in traces.critic_scale if math.isfinite(scale)]
     growth = _median(scales[len(scales) // 2 :]) / max(scales[0], 1e-30) if scales else math.nan
-    if change < idle and growth < 3 and now > start / 2:
-        return _verdict("critic too weak", f"one step changes {change:.2%} of the critic; {level}")
+    if change < idle and growth < 3 and median(mmd2[half:]) > max(2 * floor, start / 2):
+        return _verdict(
+            "critic too weak",
+            f"its values vary {growth:.2g} times as much as at the start; {level}",
+        )
     diversity = _median(traces.diversity[-quarter:])
     if diversity < collapse:
         return _verdict(

@@ -97,3 +97,10 @@ def test_witness_fields_point_to_the_missing_modes(tmp_path):
         assert row["mmd2_end"] < 0.7 * row["mmd2"]
     assert (tmp_path / "results/witness_fields.csv").read_text().count("\n") == 4
     assert (tmp_path / "figures/witness_fields.png").stat().st_size > 10_000
+
+
+def test_the_monitor_tells_made_games_apart(tmp_path):
+    rows = load(ROOT / "examples/convergence_monitor.py").main(seeds=(100,), directory=tmp_path)
+    assert [row["case"] for row in rows if not row["right"]] == []
+    assert len(rows) == 5
+    assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 6

@@ -1,0 +1,93 @@
+"""Made traces get the verdict that they were made for, at the thresholds' right side."""
+
+import math
+import random
+
+import pytest
+
+from lightning_mmd.verdicts import VERDICTS, Traces, judge, swings
+
+FLOOR = 0.01
+
+
+def traces(mmd2, **kwargs):
+    num = len(mmd2)
+    healthy = {"diversity": 1.0, "critic_change": 0.1, "descent": -0.01}
+    given = healthy | {"critic_scale": 1.0} | kwargs
+    columns = {k: v if isinstance(v, list) else [v] * num for k, v in given.items()}
+    return Traces(list(range(0, 10 * num, 10)), list(mmd2), **columns)
+
+
+def name(mmd2, **kwargs):
+    return judge(traces(mmd2, **kwargs), FLOOR).name
+
+
+FALLING = [0.95**t for t in range(40)]
+FALLEN = [0.7**t for t in range(40)]
+STUCK = [1.0 + 0.01 * (-1) ** t for t in range(40)]
+RING = [1.0 + 0.8 * math.sin(t) for t in range(40)]
+GROWN = [1.0] + 39 * [5.0]
+
+
+@pytest.mark.parametrize(
+    ("expected", "mmd2", "kwargs"),
+    [
+        ("converging", FALLING, {}),
+        ("converged", FALLEN, {}),
+        ("cycling", RING, {}),
+        ("undecided", STUCK, {}),
+        ("undecided", FALLEN[:19], {}),
+        ("converged", FALLEN[:20], {}),
+        ("critic too strong", [*FALLEN[:5], math.nan], {}),
+        ("critic too strong", STUCK, {"critic_change": 0.4}),
+        ("critic too strong", RING, {"critic_change": 0.4}),
+        ("converged", FALLEN, {"critic_change": 0.9}),  # it tells noise from noise
+        ("converging", [0.85**t for t in range(24)], {"critic_change": 0.4}),
+        ("critic too weak", STUCK, {"critic_change": 0.05}),
+        ("critic too weak", RING, {"critic_change": 0.05, "diversity": 0.1}),
+        ("cycling", RING, {"critic_change": 0.05, "critic_scale": GROWN}),
+        ("converging", FALLING, {"critic_change": 0.05}),
+        ("collapsed", STUCK, {"diversity": 0.1}),
+        ("collapsed", RING, {"diversity": 0.1}),
+        ("collapsed", FALLING, {"diversity": 0.1}),
+        ("undecided", STUCK, {"diversity": 0.3}),
+        ("cycling", RING, {"critic_change": math.nan, "critic_scale": math.nan}),
+        ("undecided", STUCK, {"diversity": 36 * [1.0] + 4 * [0.0]}),
+        ("undecided", [0.3 + t / 40 for t in range(40)], {}),  # it only rises
+    ],
+)
+def test_made_traces(expected, mmd2, kwargs):
+    assert name(mmd2, **kwargs) == expected
+
+
+def test_noise_and_one_bump_are_no_cycle():
+    random.seed(0)
+    for _ in range(20):
+        noisy = [1.0 + random.gauss(0, 0.05) for _ in range(60)]
+        assert name(noisy) == "undecided"
+        at_floor = [1.0] + [random.gauss(0, FLOOR / 2) for _ in range(59)]
+        assert name(at_floor) == "converged"
+    assert swings([math.exp(-((t - 20) ** 2) / 20) for t in range(40)]) == 2
+
+
+@pytest.mark.parametrize("period", [6, 10, 17, 25])
+def test_swings_are_two_a_period_and_the_period_is_told(period):
+    wave = [1 + math.sin(2 * math.pi * t / period) for t in range(100)]
+    assert swings(wave) == pytest.approx(200 / period, abs=1.5)
+    verdict = judge(traces(wave), FLOOR)
+    assert verdict.name == "cycling"
+    told = int(verdict.reason.split("about every ")[1].split()[0])
+    assert told == pytest.approx(10 * period, rel=0.3)
+    assert swings(wave, noise=1.1) == 0
+
+
+def test_a_verdict_says_why_and_what_to_do():
+    verdict = judge(traces(RING), FLOOR)
+    assert str(verdict).startswith("cycling: MMD^2 returns about every")
+    assert "Raise alpha" in str(verdict)
+    assert [n for n in VERDICTS if n in ("cycling", "collapsed")] == list(VERDICTS[3:5])
+    assert verdict.is_alarm
+    assert not judge(traces(FALLEN), FLOOR).is_alarm
+    assert judge(traces(FALLEN), FLOOR, diverged=True).name == "critic too strong"
+    with pytest.raises(ValueError, match="floor > 0, got 0"):
+        judge(traces(FALLEN), 0.0)
