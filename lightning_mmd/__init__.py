@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mmd.callbacks import GeneratorProgressBar, MMDTracker, SampleGrid
+    from lightning_mmd.callbacks import (
+        GeneratorProgressBar,
+        InstanceNoise,
+        MMDTracker,
+        NoiseInjection,
+        ParametricGradientPenalty,
+        SampleGrid,
+    )
     from lightning_mmd.critics import LearnedKernelCritic
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
@@ -40,7 +47,14 @@ if TYPE_CHECKING:
     from lightning_mmd.witness import KernelWitness, solve_witness
 
 _HOMES = {
-    "callbacks": ["GeneratorProgressBar", "MMDTracker", "SampleGrid"],
+    "callbacks": [
+        "GeneratorProgressBar",
+        "InstanceNoise",
+        "MMDTracker",
+        "NoiseInjection",
+        "ParametricGradientPenalty",
+        "SampleGrid",
+    ],
     "critics": ["LearnedKernelCritic"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
@@ -78,6 +92,7 @@ __all__ = [
     "Energy",
     "Gaussian",
     "GeneratorProgressBar",
+    "InstanceNoise",
     "InverseMultiquadric",
     "Kernel",
     "KernelWitness",
@@ -86,6 +101,8 @@ __all__ = [
     "Linear",
     "MMDTracker",
     "MaximumMeanDiscrepancy",
+    "NoiseInjection",
+    "ParametricGradientPenalty",
     "Polynomial",
     "RandomFourierFeatures",
     "RationalQuadratic",
