@@ -440,7 +440,7 @@ def test_steps_that_lightning_does_not_see_are_not_passed_over(tmp_path):
 
 
 def test_critic_steps_before_any_latents(tmp_path):
-    with pytest.raises(RuntimeError, match="no latents to penalise at. Give latent_dim"):
+    with pytest.raises(RuntimeError, match=r"no latents to penalise at\. Give latent_dim"):
         fit(NoLatents(), ParametricGradientPenalty(**DICT), path=tmp_path)
 
 

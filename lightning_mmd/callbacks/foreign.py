@@ -51,9 +51,9 @@ def find_network(callback: Callback, pl_module: LightningModule, role: str, path
             if name and name.count(".") <= depth
         ]
         raise ValueError(
-            f"{type(callback).__name__}({role}={path!r}): {type(pl_module).__name__} has no network "
-            f"of that name. It has {', '.join(found) or 'no networks at all'}. Set {role} to the "
-            "attribute's name."
+            f"{type(callback).__name__}({role}={path!r}): {type(pl_module).__name__} has no "
+            f"network of that name. It has {', '.join(found) or 'no networks at all'}. Set {role} "
+            "to the attribute's name."
         )
     return getattr(network, "_orig_mod", network)
 

@@ -75,6 +75,10 @@ class _Noise(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = True
+        if isinstance(pl_module, MMDGAN):
+            self.updates = trainer.global_step
+        if self._scheduled_level() == 0:
+            self._level = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -204,7 +208,6 @@ class NoiseInjection(_Noise):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if isinstance(pl_module, MMDGAN):
-            self.updates = trainer.global_step
             noisy = self._scheduled_level() > 0
             pl_module.move_gradient = self._noisy_gradient if noisy else None
 
@@ -236,7 +239,6 @@ class NoiseInjection(_Noise):
         if not (torch.is_grad_enabled() and self._hangs_on_generator(args[0])):
             return None
         if self._scheduled_level() == 0:
-            self._level = 0.0
             return None
         call = self._call = _CriticCall(self._critic, args, kwargs)
         x = args[0].clone()
@@ -352,8 +354,9 @@ class InstanceNoise(_Noise):
     def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:  # noqa: D102
         if isinstance(pl_module, MMDGAN) and pl_module.critic_mode == "closed_form":
             raise ValueError(
-                "InstanceNoise changes the critic's calls, but critic_mode='closed_form' solves for "
-                "a witness of clean samples. Use NoiseInjection, or critic_mode='adversarial'."
+                "InstanceNoise changes the critic's calls, but critic_mode='closed_form' solves "
+                "for a witness of clean samples. Use NoiseInjection, or "
+                "critic_mode='adversarial'."
             )
         if isinstance(pl_module, MMDGAN) and pl_module.penalty_method == "finite_difference":
             raise ValueError(

@@ -392,7 +392,7 @@ def _require_one_input(role: str, path: str, args: tuple, kwargs: dict) -> None:
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
         return
     raise TypeError(
-        f"the {role} {path!r} is called with {len(args) + len(kwargs)} inputs, where one tensor is "
-        "expected. For a conditional GAN add parametric_gradient_penalty to the critic's loss, with "
-        "functions that hold the other inputs."
+        f"the {role} {path!r} is called with {len(args) + len(kwargs)} inputs, where one tensor "
+        "is expected. For a conditional GAN add parametric_gradient_penalty to the critic's loss, "
+        "with functions that hold the other inputs."
     )
