@@ -97,3 +97,13 @@ def test_witness_fields_point_to_the_missing_modes(tmp_path):
         assert row["mmd2_end"] < 0.7 * row["mmd2"]
     assert (tmp_path / "results/witness_fields.csv").read_text().count("\n") == 4
     assert (tmp_path / "figures/witness_fields.png").stat().st_size > 10_000
+
+
+def test_a_foreign_gan_gains_from_the_penalty(tmp_path):
+    plain, penalised, noisy = load(ROOT / "examples/drop_in.py").main(
+        num_updates=100, seeds=(0,), alphas=(10.0,), directory=tmp_path
+    )
+    assert 0 < penalised["mean"] < 0.8 * plain["mean"]
+    assert noisy["mean"] > 0
+    assert noisy["mean"] != plain["mean"]
+    assert (tmp_path / "results/drop_in.csv").read_text().count("\n") == 4
