@@ -63,6 +63,7 @@ class TutorialGAN(LightningModule):
         )
 
     def training_step(self, batch: list[Tensor]) -> None:
+        """Step the generator, then the discriminator."""
         (images,) = batch
         optimizer_g, optimizer_d = self.optimizers()
         z = torch.randn(len(images), self.latent_dim, device=self.device)
@@ -84,6 +85,7 @@ class TutorialGAN(LightningModule):
         self.untoggle_optimizer(optimizer_d)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One Adam for each network."""
         networks = (self.generator, self.discriminator)
         return [torch.optim.Adam(n.parameters(), lr=self.lr, betas=(0.5, 0.999)) for n in networks]
 
@@ -98,6 +100,7 @@ class Curve(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, *_: int
     ) -> None:
+        """Measure in eval mode, from latents that the update determines."""
         updates = trainer.global_step // 2  # Lightning counts the steps of both optimizers
         if updates % self.every == 0:
             z = torch.randn(360, 32, generator=torch.Generator().manual_seed(updates))

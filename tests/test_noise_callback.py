@@ -269,6 +269,15 @@ def test_a_run_resumed_in_the_middle_of_the_schedule_goes_on_exactly(kind, tmp_p
         torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
+def test_automatic_damping_rests_while_there_is_noise():
+    model = kernel_gan(automatic_damping=True)
+    before = copy.deepcopy(model.damping)
+    fit(model, NoiseInjection(ConstantNoise(LEVEL)), steps=3)
+    assert model.damping == before  # its model of the decrease is about the clean direction
+    fit(model, steps=3)
+    assert model.damping != before
+
+
 def test_levels_follow_generator_updates_not_batches():
     levels = []
 
