@@ -18,10 +18,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-import lightning_mmd.data  # these four can then be named in YAML without their path
+import lightning_mmd.data  # these five can then be named in YAML without their path
 import lightning_mmd.features
 import lightning_mmd.kernels
 import lightning_mmd.networks
+import lightning_mmd.noise
 from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
 from lightning_mmd.module import MMDGAN
 

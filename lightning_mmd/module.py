@@ -36,7 +36,10 @@ from lightning_mmd.pushforward import (
 )
 from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
 
-__all__ = ["MMDGAN", "DivergedError"]
+__all__ = ["MMDGAN", "DivergedError", "MovedGradient"]
+
+MovedGradient = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""From samples x, and the witness's gradient as a function of samples, to gradients to follow."""
 
 
 class DivergedError(RuntimeError):
@@ -186,6 +189,7 @@ class MMDGAN(LightningModule):
         self.images_seen = 0
         self.cumulative_lr = 0.0
         self.path_length = 0.0
+        self.move_gradient: MovedGradient | None = None
         self._lagged_direction: Tensor | None = None
         self._averaged: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters()
         self._generator_metrics: dict[str, Any] = {}
@@ -385,6 +389,16 @@ class MMDGAN(LightningModule):
             metrics["critic/gradient_norm"] = norm
         return metrics
 
+    def _descent_direction(self, solution: WitnessSolution, embedding: MeanEmbedding) -> Tensor:
+        """L f, or with ``move_gradient`` J^T of the witness's gradients that it returns."""
+        if self.move_gradient is None:
+            return solution.parametric_gradient
+        gradients = self.move_gradient(
+            embedding.samples.detach(),
+            lambda x: embedding.witness_gradient_at(solution.weights, x),
+        )
+        return self._mean_over_processes(embedding.pushforward.cotangent(gradients))
+
     @torch.no_grad()
     def _descend(
         self, solution: WitnessSolution, embedding: MeanEmbedding, real_mean: Tensor
@@ -394,7 +408,8 @@ class MMDGAN(LightningModule):
         trust = 1.0 if self.damping is None else self.damping.trust
         step_size = trust * self._optimizer(0).param_groups[0]["lr"]
         before = [p.clone() for p in parameters] if self.damping else []
-        norm = self._move(0, parameters, [-solution.parametric_gradient], trust)
+        direction = self._descent_direction(solution, embedding)
+        norm = self._move(0, parameters, [-direction], trust)
         moved = self._mean_over_processes(real_mean - embedding.mean_at(self._generator_parameters))
         energy = solution.mmd2 / 2
         realised = moved.square().sum() / 2 - energy
@@ -405,7 +420,7 @@ class MMDGAN(LightningModule):
             metrics |= {"predicted": predicted, "ratio": realised / predicted}
             if self.alpha > 0:
                 metrics["theorem"] = -step_size * solution.theorem_rate
-        if self.damping is not None:
+        if self.damping is not None and self.move_gradient is None:
             modelled = float(solution.model_decrease(step_size))
             kept = self.damping.judge(-float(realised), modelled)
             metrics |= {"trust": trust, "damping": solution.beta, "undone": float(not kept)}
@@ -581,7 +596,8 @@ class MMDGAN(LightningModule):
     @property
     def _follows_the_flow(self) -> bool:
         """Whether an update is an Euler step of the flow, so that its decrease is predicted."""
-        return self.generator_optimizer is None and self.generator_clip_norm is None
+        changed = (self.generator_optimizer, self.generator_clip_norm, self.move_gradient)
+        return all(change is None for change in changed)
 
     def _schedulers(self, optimizer: torch.optim.Optimizer) -> list[LRScheduler]:
         schedulers = self.lr_schedulers() or []

@@ -206,10 +206,17 @@ class AdaptiveNoise:
         Returns:
             A level in [0, largest].
         """
+        return self.search(lambda beta: 8 * constant * beta**2 * energy <= dissipation(beta))
 
-        def fits(beta: float) -> bool:
-            return 8 * constant * beta**2 * energy <= dissipation(beta)
+    def search(self, fits: Callable[[float], bool]) -> float:
+        """Return the largest level found at which a condition holds, or 0.
 
+        Args:
+            fits: Whether the condition holds at a level.
+
+        Returns:
+            A level in [0, largest].
+        """
         levels = (self.largest * self.ratio**i for i in range(self.num_levels))
         low = next((beta for beta in levels if fits(beta)), 0.0)
         if low in (0.0, self.largest):

@@ -98,6 +98,16 @@ class MeanEmbedding:
                 self.local_mean, self.samples, w, create_graph=True, materialize_grads=True
             )[0]
 
+    def witness_gradient_at(self, w: Tensor, samples: Tensor) -> Tensor:
+        """Return the gradients (1/n) grad f(x_i) of the witness at other samples, without a graph.
+
+        Buffers and dropout masks of the features are those of this embedding.
+        """
+        x = samples.detach().requires_grad_()
+        with torch.enable_grad(), full_precision(x.device):
+            mean = self._replay(x).mean(0)
+            return torch.autograd.grad(mean, x, w, materialize_grads=True)[0]
+
     def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return this process's mean embedding at other generator parameters, by name.
 

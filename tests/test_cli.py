@@ -273,3 +273,14 @@ def test_sample_says_why_a_module_made_in_python_does_not_load(tmp_path):
     trainer.save_checkpoint(tmp_path / "python.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="made in Python"):
         run(["sample", f"--ckpt_path={tmp_path / 'python.ckpt'}"])
+
+
+def test_callbacks_and_their_schedules_go_by_bare_name(tmp_path):
+    noise = {"class_path": "HalvingNoise", "init_args": {"initial": 0.1, "every": 2}}
+    added = {"class_path": "NoiseInjection", "init_args": {"schedule": noise}}
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
+    config["trainer"]["callbacks"] += [added]
+    (tmp_path / "noise.yaml").write_text(yaml.safe_dump(config))
+    fit("--trainer.log_every_n_steps=1", config=tmp_path / "noise.yaml")
+    (rows,) = tmp_path.glob("runs/digits/version_0/metrics.csv")
+    assert "noise/level" in rows.read_text().splitlines()[0]

@@ -104,3 +104,13 @@ def test_the_monitor_tells_made_games_apart(tmp_path):
     assert [row["case"] for row in rows if not row["right"]] == []
     assert len(rows) == 5
     assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 6
+
+
+def test_a_foreign_gan_gains_from_the_penalty(tmp_path):
+    plain, penalised, noisy = load(ROOT / "examples/drop_in.py").main(
+        num_updates=100, seeds=(0,), alphas=(10.0,), directory=tmp_path
+    )
+    assert 0 < penalised["mean"] < 0.8 * plain["mean"]
+    assert noisy["mean"] > 0
+    assert noisy["mean"] != plain["mean"]
+    assert (tmp_path / "results/drop_in.csv").read_text().count("\n") == 4
