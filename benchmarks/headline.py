@@ -21,7 +21,7 @@ from runs import ROOT, Run, train
 sys.path.append(str(ROOT / "examples"))
 from reporting import new_figure, save_figure, save_table
 
-LEVELS = {"digits": (0.1, 0.03, 0.01, 0.005), "mnist": (0.1, 0.05, 0.03, 0.02, 0.0125)}
+LEVELS = {"digits": (0.1, 0.03, 0.01, 0.005), "mnist": (0.3, 0.1, 0.05, 0.03, 0.02)}
 SHAPES = {"digits": [1, 8, 8], "mnist": [1, 28, 28]}
 BANDWIDTHS = {"digits": 6.0, "mnist": 15.0}
 CHANNELS = {"digits": [16, 32], "mnist": [16, 32, 64]}
@@ -62,7 +62,7 @@ def decay(num_updates: int) -> dict[str, Any]:
 
 def methods(data: str) -> dict[str, tuple[str, dict[str, Any], int]]:
     """Return configuration, options and number of updates by the name of a method."""
-    short, long = {"digits": (100, 600), "mnist": (120, 600)}[data]
+    short, long = {"digits": (100, 600), "mnist": (60, 300)}[data]
     flow = {"beta": 0.01, "eta": 0.5, "generator_scheduler": decay(short)}
     ours, adversary = f"{data}.yaml", f"{data}_adversarial.yaml"
 
