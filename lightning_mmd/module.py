@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -207,7 +207,7 @@ class MMDGAN(LightningModule):
             num: How many.
 
         Returns:
-            Latents for ``num`` samples, on the model's device.
+            Latents for ``num`` samples, on the model's device; floating-point ones in its dtype.
         """
         if self._draw_latents is not None:
             latents = self._draw_latents(num)
@@ -216,7 +216,8 @@ class MMDGAN(LightningModule):
                     f"sample_latents({num}) must return latents for {num} samples, got "
                     f"{len(latents)}. Let it use its argument."
                 )
-            return latents.to(self.device)
+            dtype = self._latent_dtype if latents.is_floating_point() else latents.dtype
+            return latents.to(self.device, dtype)
         return torch.randn(num, self.latent_dim or 0, dtype=self._latent_dtype).to(self.device)
 
     def fixed_latents(self, num: int, seed: int = 0) -> Tensor:
@@ -617,7 +618,15 @@ class MMDGAN(LightningModule):
     # State
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the counters, the lagged direction and the damping."""
+        """Store the counters, the lagged direction and the damping; compare processes' parameters.
+
+        Raises:
+            RuntimeError: If processes hold different parameters.
+        """
+        trainer = self._trainer
+        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        if running and trainer.world_size > 1:  # an interrupted process may be alone in saving
+            self._refuse_different_parameters()
         checkpoint["mmdgan"] = {
             "critic_step": self.critic_step,
             "images_seen": self.images_seen,
@@ -653,6 +662,21 @@ class MMDGAN(LightningModule):
         if self.trainer.world_size == 1:
             return tensor
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
+
+    def _refuse_different_parameters(self) -> None:
+        names, parameters = zip(*self.named_parameters(), strict=True)
+        own = torch.stack([_fingerprint(p) for p in parameters])
+        reduce = self.trainer.strategy.reduce
+        least, most = (reduce(own.clone(), reduce_op=extreme) for extreme in ("min", "max"))
+        differing = [n for n, same in zip(names, least == most, strict=True) if not same]
+        if differing:
+            raise RuntimeError(
+                f"the {self.trainer.world_size} processes hold different parameters "
+                f"({len(differing)} of {len(names)}, the first is {differing[0]}), so they no "
+                "longer train one model. Something moves parameters on some of them alone, such "
+                "as a callback that draws random numbers or acts on rank zero. Go on from an "
+                "older checkpoint without it."
+            )
 
     @contextmanager
     def _seeded(self, *counters: int) -> Iterator[None]:
@@ -722,6 +746,13 @@ def _fast_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def _no_op() -> None:
     pass
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Hash a tensor's bits to an integer: equal for equal bits, and hardly ever otherwise."""
+    words = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
+    bits = tensor.detach().reshape(-1).view(words).long()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 def _counter_seed(*counters: int) -> int:

@@ -1,11 +1,17 @@
 """Two processes against one on the concatenated batch: the same mathematics."""
 
 import copy
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_mmd import MMDGAN, LearnedKernelCritic
 from lightning_mmd.data import SampleDataModule, TensorSamples
@@ -50,7 +56,7 @@ def make_model(kind, **kwargs):
     return kind(MLPGenerator(2, 3, (16,)), critic, latent_dim=3, beta=0.1, **kwargs)
 
 
-def fit(model, path, devices, strategy="auto"):
+def fit(model, path, devices, strategy="auto", callbacks=()):
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -59,7 +65,8 @@ def fit(model, path, devices, strategy="auto"):
         max_epochs=-1,
         limit_val_batches=0,
         logger=False,
-        enable_checkpointing=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=path,
@@ -87,3 +94,69 @@ def test_two_processes_train_as_one(kwargs, tmp_path):
     assert size > 0.05  # they moved
     for name, value in whole.items():
         assert (value - parts[name]).norm() < 1e-9 * size, name
+
+
+def load_parity():
+    """Import the benchmark, which is no package."""
+    path = Path(__file__).parent.parent / "benchmarks" / "parity.py"
+    spec = importlib.util.spec_from_file_location("parity", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["parity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+parity = load_parity()
+BY_NAME = {case.name: case for case in parity.CASES}
+
+
+@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
+def test_gradients_of_two_processes_are_those_of_one(case, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    ((_, error),) = parity.errors(case, [2], torch.float64, tmp_path)
+    if case.promised:
+        assert error < 1e-12
+    else:
+        assert 0.02 < error < 0.5
+
+
+@pytest.mark.parametrize("name", ["penalty, forward", "witness features"])
+def test_gradients_of_four_processes_in_single_precision(name, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    ((_, error),) = parity.errors(BY_NAME[name], [4], torch.float32, tmp_path)
+    assert error < 1e-5
+
+
+STRATEGIES = {
+    "find_unused_parameters": lambda: DDPStrategy(start_method="fork", find_unused_parameters=True),
+    "static_graph": lambda: DDPStrategy(start_method="fork", static_graph=True),
+    "bucket view": lambda: DDPStrategy(start_method="fork", gradient_as_bucket_view=True),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kwargs", [{}, {"critic_mode": "adversarial"}], ids=["closed", "gradient"])
+def test_other_flags_of_ddp_give_the_same_steps(strategy, kwargs, tmp_path):
+    plain = fit(make_model(MMDGAN, **kwargs), tmp_path, devices=2, strategy="ddp_fork")
+    other = fit(make_model(MMDGAN, **kwargs), tmp_path, devices=2, strategy=STRATEGIES[strategy]())
+    for name, value in plain.items():
+        assert torch.equal(value, other[name]), name
+
+
+class Drifts(MMDGAN):
+    """A model that one process moves by one unit in the last place."""
+
+    def on_train_batch_end(self, *_):
+        if self.global_rank == 1:
+            bias = self.generator.layers[0].bias.data
+            bias[3] = torch.nextafter(bias[3], bias.new_tensor(1e9))
+
+
+def test_processes_that_drift_apart_are_found_at_a_checkpoint(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    message = (
+        r"2 processes hold different parameters \(1 of 9, the first is generator\.layers\.0\.bias"
+    )
+    with pytest.raises(ProcessRaisedException, match=message):
+        fit(make_model(Drifts), tmp_path, 2, "ddp_fork", [checkpoints])
+    assert not list(tmp_path.glob("*.ckpt"))
