@@ -29,7 +29,7 @@ from lightning_mmd.networks import ConvFeatures, ConvGenerator
 from lightning_mmd.penalties import PenalisedCritic, penalised_critic
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from reporting import save_table  # noqa: E402
+from reporting import save_table
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, LATENT_DIM, NUM_FEATURES, BATCH = (1, 8, 8), 8, 32, 64

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, cast, get_args
 
@@ -31,10 +31,16 @@ from lightning_mmd.pushforward import (
     check_samples,
     evaluate_critic,
     full_precision,
+    parametric_gradient,
     refuse_shared_parameters,
     trainable_parameters,
 )
-from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
+from lightning_mmd.witness import (
+    MeanEmbedding,
+    MicroBatchEmbedding,
+    WitnessSolution,
+    solve_embedding,
+)
 
 __all__ = ["MMDGAN", "DivergedError", "MovedGradient"]
 
@@ -88,6 +94,10 @@ class MMDGAN(LightningModule):
             ``parametric_gradient_penalty``.
         penalty_estimator: Adversarial: ``batch``, ``split``, or ``lagged``, which penalises L f
             along the mean gradient of the last generator update alone.
+        penalty_interval: Adversarial: critic steps from one evaluation of the penalty to the next,
+            >= 1; its weight is multiplied by it. The first step has one.
+        penalty_fraction: Adversarial: part of the generated batch that the penalty is evaluated on,
+            in (0, 1]. The estimate's variance, and the bias of ``batch``, grow by its inverse.
         generator_optimizer: Callable from parameters to an optimizer. Default: closed form, SGD as
             under ``eta``; adversarial, Adam(lr=5e-4, betas=(0, 0.9)).
         critic_optimizer: Likewise, for the critic (in closed form: its features). Default:
@@ -97,6 +107,11 @@ class MMDGAN(LightningModule):
         critic_scheduler: Likewise, stepped after each critic step.
         generator_clip_norm: Largest norm of the generator's gradient, > 0; default: no clipping.
         critic_clip_norm: Likewise for the critic.
+        accumulate: Micro-batches that a batch is evaluated in, >= 1, one at a time in memory. The
+            gradients are those of the whole batch (but for layers with batch statistics), the
+            penalty's and the witness' included. Networks are evaluated anew where the whole batch
+            would be kept: the penalty costs one more forward and reverse pass, the witness one
+            more forward pass for each product in its conjugate gradients.
         sample_latents: Callable from a number n to latents for n samples, drawn from torch's global
             random state (it is seeded for each batch). Default: standard normal (n, latent_dim).
         seed: Seed of latents and dropout.
@@ -126,12 +141,15 @@ class MMDGAN(LightningModule):
         witness_overhead: float | None = None,
         penalty_method: Method = "forward",
         penalty_estimator: Literal["batch", "split", "lagged"] = "batch",
+        penalty_interval: int = 1,
+        penalty_fraction: float = 1.0,
         generator_optimizer: OptimizerCallable | None = None,
         critic_optimizer: OptimizerCallable | None = None,
         generator_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         generator_clip_norm: float | None = None,
         critic_clip_norm: float | None = None,
+        accumulate: int = 1,
         sample_latents: Callable[[int], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
@@ -144,7 +162,11 @@ class MMDGAN(LightningModule):
             generator_clip_norm=generator_clip_norm,
             critic_clip_norm=critic_clip_norm,
             latent_dim=latent_dim,
+            penalty_interval=penalty_interval,
+            accumulate=accumulate,
         )
+        if not 0 < penalty_fraction <= 1:
+            raise ValueError(f"penalty_fraction must be in (0, 1], got {penalty_fraction}.")
         _check_one_of("penalty_method", penalty_method, get_args(Method))
         _check_one_of("penalty_estimator", penalty_estimator, ("batch", "split", "lagged"))
         _check_networks(generator, critic, critic_mode, alpha, beta)
@@ -177,12 +199,15 @@ class MMDGAN(LightningModule):
         self.witness_overhead = witness_overhead
         self.penalty_method: Method = penalty_method
         self.penalty_estimator = penalty_estimator
+        self.penalty_interval = penalty_interval
+        self.penalty_fraction = penalty_fraction
         self.generator_optimizer = generator_optimizer
         self.critic_optimizer = critic_optimizer
         self.generator_scheduler = generator_scheduler
         self.critic_scheduler = critic_scheduler
         self.generator_clip_norm = generator_clip_norm
         self.critic_clip_norm = critic_clip_norm
+        self.accumulate = accumulate
         self.seed = seed
         self._draw_latents = sample_latents
         self.critic_step = 0
@@ -193,6 +218,7 @@ class MMDGAN(LightningModule):
         self._lagged_direction: Tensor | None = None
         self._averaged: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters()
         self._generator_metrics: dict[str, Any] = {}
+        self._last_penalty = torch.zeros(())
 
     # Sampling
 
@@ -345,13 +371,10 @@ class MMDGAN(LightningModule):
         critic = cast(LearnedKernelCritic, self.critic)
         z = self.sample_latents(len(real))
         parameters = self._generator_parameters
-        embedding = MeanEmbedding(
-            critic.feature_map(), self.generator, z, parameters, reduce=self._mean_over_processes
-        )
+        embedding = self._mean_embedding(self.generator, z, parameters)
         self._check_shapes(real, embedding.samples)
-        with full_precision(self.device):
-            real_mean = critic.embed(real).mean(0)
-        gap = self._mean_over_processes(real_mean.detach()) - embedding.mean
+        target = self._mean_embedding(nn.Identity(), real, {})
+        gap = target.mean - embedding.mean
         self._check_finite(gap, real)
         solution = solve_embedding(
             embedding,
@@ -364,9 +387,6 @@ class MMDGAN(LightningModule):
             overhead=self.witness_overhead,
         )
         w = solution.weights
-        # The features ascend <w, delta> - alpha/2 ||L f||^2, whose gradient holds w (envelope).
-        slope = (embedding.witness_gradient(w) * solution.tangents).sum()
-        objective = w @ (real_mean - embedding.local_mean) - self.alpha * slope
         metrics = self._metrics(
             gap=gap @ w,
             parametric_penalty=solution.parametric_gradient.square().sum(),
@@ -379,30 +399,59 @@ class MMDGAN(LightningModule):
             "witness/iterations": solution.num_iterations,
         }
         features = self._critic_parameters
-        features_gradient = self._gradient(-objective, features)
-        if not all(g.isfinite().all() for g in features_gradient):
+
+        # The features ascend <w, delta> - alpha/2 ||L f||^2, whose gradient holds w (envelope).
+        def descent_on_fake(fake: MeanEmbedding, part: slice) -> Tensor:
+            slope = (fake.witness_gradient(w) * solution.tangents[part]).sum()
+            return self._gradient(w @ fake.local_mean + self.alpha * slope, features)
+
+        def descent_on_real(real: MeanEmbedding, _: slice) -> Tensor:
+            return self._gradient(-w @ real.local_mean, features)
+
+        features_gradient = embedding.average(descent_on_fake) + target.average(descent_on_real)
+        if not features_gradient.isfinite().all():
             raise self._diverged("the gradient of the critic")
         if moves_generator:  # before the features: the certificate is about those of the solution
-            metrics |= self._descend(solution, embedding, real_mean.detach())
+            metrics |= self._descend(solution, embedding, target.mean)
         critic.weights.data.copy_(w)
         if features:
             norm = self._move(1, features.values(), features_gradient)
             metrics["critic/gradient_norm"] = norm
         return metrics
 
-    def _descent_direction(self, solution: WitnessSolution, embedding: MeanEmbedding) -> Tensor:
+    def _descent_direction(
+        self, solution: WitnessSolution, embedding: MeanEmbedding | MicroBatchEmbedding
+    ) -> Tensor:
         """L f, or with ``move_gradient`` J^T of the witness's gradients that it returns."""
-        if self.move_gradient is None:
+        move = self.move_gradient
+        if move is None:
             return solution.parametric_gradient
-        gradients = self.move_gradient(
-            embedding.samples.detach(),
-            lambda x: embedding.witness_gradient_at(solution.weights, x),
+
+        def moved(part: MeanEmbedding, _: slice) -> Tensor:
+            gradients = move(
+                part.samples.detach(), lambda x: part.witness_gradient_at(solution.weights, x)
+            )
+            return part.pushforward.cotangent(gradients)
+
+        return self._mean_over_processes(embedding.average(moved))
+
+    def _mean_embedding(
+        self, generator: nn.Module, z: Tensor, parameters: Mapping[str, Tensor]
+    ) -> MeanEmbedding | MicroBatchEmbedding:
+        features = cast(LearnedKernelCritic, self.critic).feature_map()
+        reduce = self._mean_over_processes
+        if self.accumulate == 1:
+            return MeanEmbedding(features, generator, z, parameters, reduce=reduce)
+        return MicroBatchEmbedding(
+            features, generator, z, parameters, num_parts=self.accumulate, reduce=reduce
         )
-        return self._mean_over_processes(embedding.pushforward.cotangent(gradients))
 
     @torch.no_grad()
     def _descend(
-        self, solution: WitnessSolution, embedding: MeanEmbedding, real_mean: Tensor
+        self,
+        solution: WitnessSolution,
+        embedding: MeanEmbedding | MicroBatchEmbedding,
+        target_mean: Tensor,
     ) -> dict[str, Any]:
         """Move the generator along L f, and compare what came of it with what was predicted."""
         parameters = list(self._generator_parameters.values())
@@ -410,10 +459,10 @@ class MMDGAN(LightningModule):
         step_size = trust * self._optimizer(0).param_groups[0]["lr"]
         before = [p.clone() for p in parameters] if self.damping else []
         direction = self._descent_direction(solution, embedding)
-        norm = self._move(0, parameters, [-direction], trust)
-        moved = self._mean_over_processes(real_mean - embedding.mean_at(self._generator_parameters))
+        norm = self._move(0, parameters, -direction, trust)
+        model_mean = self._mean_over_processes(embedding.mean_at(self._generator_parameters))
         energy = solution.mmd2 / 2
-        realised = moved.square().sum() / 2 - energy
+        realised = (target_mean - model_mean).square().sum() / 2 - energy
         speed = solution.speed2.clamp_min(0).sqrt()
         metrics: dict[str, Any] = {"objective": energy, "realised": realised, "speed": speed}
         if self._follows_the_flow:
@@ -436,34 +485,97 @@ class MMDGAN(LightningModule):
         return {"generator/gradient_norm": norm} | metrics
 
     def _adversarial_step(self, real: Tensor, moves_generator: bool) -> dict[str, Any]:
-        on_fake = self._penalised_critic(self.sample_latents(len(real)), real)
-        on_real = evaluate_critic(self.critic, real)
-        gap = on_real.mean() - on_fake.values.mean()
-        rkhs = rkhs_norm_penalty(self.critic) if self.beta else gap.new_zeros(())
-        objective = gap - self.alpha / 2 * on_fake.penalty - self.beta / 2 * rkhs
-        self._check_finite(objective, real)
-        metrics = self._metrics(gap=gap, parametric_penalty=on_fake.penalty, rkhs_penalty=rkhs)
-        critic = self._critic_parameters
-        gradient = self._gradient(-objective, critic)
-        metrics["critic/gradient_norm"] = self._move(1, critic.values(), gradient)
-        if moves_generator:
-            fake = self.generator(self.sample_latents(len(real)))
-            loss = -evaluate_critic(self.critic, fake).mean()
-            generator = self._generator_parameters
-            gradient = self._gradient(loss, generator)
-            metrics["generator/gradient_norm"] = self._move(0, generator.values(), gradient)
-        return metrics
-
-    def _penalised_critic(self, z: Tensor, real: Tensor) -> PenalisedCritic:
-        if self.alpha == 0:
-            with torch.no_grad():
-                fake = self.generator(z)
-            self._check_shapes(real, fake)
-            values = evaluate_critic(self.critic, fake)
-            return PenalisedCritic(values.new_zeros(()), values, values.new_zeros(0))
+        num = len(real)
+        z = self.sample_latents(num)
         if self.critic_step == 0:
             with torch.no_grad(), _evaluating(self.generator):
                 self._check_shapes(real, self.generator(z[:1]))
+        penalised, plain = z.tensor_split([self._num_penalised(num)])
+        reduce = self._penalty_reduction(penalised, num)
+
+        def on_penalised(part: Tensor) -> tuple[Tensor, ...]:
+            result = self._penalised_critic(penalised[part], reduce)
+            return result.values.mean(), result.penalty
+
+        def on_plain(part: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                fake = self.generator(plain[part])
+            return (evaluate_critic(self.critic, fake).mean(),)
+
+        def on_real(part: Tensor) -> tuple[Tensor, ...]:
+            return (evaluate_critic(self.critic, real[part]).mean(),)
+
+        critic = self._critic_parameters
+        share, strength = len(penalised) / num, self.alpha * self.penalty_interval / 2
+        terms = [
+            self._in_micro_batches(on_penalised, (share, strength), len(penalised), num, critic),
+            self._in_micro_batches(on_plain, (1 - share,), len(plain), num, critic),
+            self._in_micro_batches(on_real, (-1.0,), num, num, critic),
+        ]
+        ((fake_mean, penalty), (plain_mean,), (real_mean,)), gradients = zip(*terms, strict=True)
+        gap = real_mean - share * fake_mean - (1 - share) * plain_mean
+        rkhs = rkhs_norm_penalty(self.critic) if self.beta else gap.new_zeros(())
+        self._check_finite(gap - strength * penalty - self.beta / 2 * rkhs, real)
+        gradient = sum(gradients, start=self._gradient(self.beta / 2 * rkhs, critic))
+        if len(penalised):
+            self._last_penalty = penalty
+        metrics = self._metrics(gap, self._last_penalty.to(gap.device), rkhs)
+        metrics["critic/gradient_norm"] = self._move(1, critic.values(), gradient)
+        if moves_generator:
+            fresh = self.sample_latents(num)
+
+            def on_fake(part: Tensor) -> tuple[Tensor, ...]:
+                return (evaluate_critic(self.critic, self.generator(fresh[part])).mean(),)
+
+            generator = self._generator_parameters
+            _, gradient = self._in_micro_batches(on_fake, (-1.0,), num, num, generator)
+            metrics["generator/gradient_norm"] = self._move(0, generator.values(), gradient)
+        return metrics
+
+    def _num_penalised(self, num: int) -> int:
+        """How many of ``num`` latents this critic step's penalty is evaluated on."""
+        if self.alpha == 0 or self.critic_step % self.penalty_interval:
+            return 0
+        part = math.ceil(self.penalty_fraction * num)
+        odd = self.penalty_estimator == "split" and part % 2 == 1
+        return min(part + odd, num)
+
+    def _micro_batches(self, num: int, batch_size: int) -> list[Tensor]:
+        """Split ``num`` samples into index sets of at most batch_size / accumulate.
+
+        Each has its share of the first and of the second half, so that the split estimator's
+        halves are those of the whole batch.
+        """
+        num_parts = math.ceil(num / math.ceil(batch_size / self.accumulate))
+        halves = [torch.arange(num, device=self.device)]
+        if self.penalty_estimator == "split" and num_parts > 1:
+            halves = halves[0].tensor_split(2)
+            num_parts = min(num_parts, len(halves[1]))
+        return [torch.cat([half[j::num_parts] for half in halves]) for j in range(num_parts)]
+
+    def _in_micro_batches(
+        self,
+        evaluate: Callable[[Tensor], tuple[Tensor, ...]],
+        weights: tuple[float, ...],
+        num: int,
+        batch_size: int,
+        parameters: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Average terms over micro-batches, one in memory, and the gradient of their weighted sum.
+
+        Returns the terms and a flat gradient, both of this process and without a graph.
+        """
+        example = next(iter(parameters.values()))
+        terms = example.new_zeros(len(weights))
+        gradient = example.new_zeros(sum(p.numel() for p in parameters.values()))
+        for part in self._micro_batches(num, batch_size):
+            values = torch.stack(evaluate(part)).to(terms.dtype) * (len(part) / num)
+            gradient += self._gradient(values @ values.new_tensor(weights), parameters)
+            terms += values.detach()
+            del values  # and its graph, before the next is made
+        return terms, gradient
+
+    def _penalised_critic(self, z: Tensor, reduce: Callable[[Tensor], Tensor]) -> PenalisedCritic:
         lagged = self._lagged_direction if self.penalty_estimator == "lagged" else None
         return penalised_critic(
             self.critic,
@@ -473,8 +585,33 @@ class MMDGAN(LightningModule):
             estimator="split" if self.penalty_estimator == "split" else "batch",
             direction=None if lagged is None else lagged.to(z),
             parameters=self._generator_parameters,
-            reduce=self._mean_over_processes,
+            reduce=reduce,
         )
+
+    def _penalty_reduction(self, z: Tensor, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """What makes a micro-batch's L f (or its slope along the lagged direction) the global one.
+
+        The penalty is no mean over samples: before the gradient of any micro-batch its vector L f
+        must be known, averaged over all of them and over processes. So one pass goes before.
+        """
+        parts = self._micro_batches(len(z), batch_size)
+        if len(parts) <= 1:
+            return self._mean_over_processes
+        mean = z.new_zeros(())
+        with self._random_state_kept(), _buffers_kept(self.generator, self.critic):
+            for part in parts:
+                if self.penalty_estimator == "split":
+                    part = part[: len(part) // 2]
+                gradient = parametric_gradient(
+                    self.critic, self.generator, z[part], self._generator_parameters
+                )
+                mean = mean + gradient * (len(part) / len(z))
+        if self.penalty_estimator == "split":
+            mean = 2 * mean
+        elif self.penalty_estimator == "lagged" and self._lagged_direction is not None:
+            mean = (mean @ self._lagged_direction.to(mean)).reshape(1)
+        known = self._mean_over_processes(mean)
+        return lambda _: known
 
     def _metrics(self, gap: Tensor, parametric_penalty: Tensor, rkhs_penalty: Tensor) -> dict:
         """The critic's objective by terms; a share is a term's part of their absolute sum."""
@@ -490,28 +627,28 @@ class MMDGAN(LightningModule):
             "critic/rkhs_penalty": rkhs_penalty.detach(),
         } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
 
-    def _gradient(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        if not parameters:
-            return ()
+    def _gradient(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        if not (parameters and loss.requires_grad):
+            return loss.new_zeros(sum(p.numel() for p in parameters.values()))
         with full_precision(self.device):  # the reverse pass of a penalty obeys autocast too
-            return torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 loss, list(parameters.values()), materialize_grads=True, allow_unused=True
             )
+        return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     def _move(
         self,
         index: int,
         parameters: Iterable[Tensor],
-        gradients: Iterable[Tensor],
+        gradient: Tensor,
         scale: float = 1.0,
     ) -> Tensor:
-        """Average gradients over processes, clip, scale, and step one optimizer and its scheduler.
+        """Average a gradient over processes, clip, scale, and step one optimizer and its scheduler.
 
         Gradients come from ``torch.autograd.grad`` and are averaged here by one collective, never
         by a reducer's hooks: that is what makes plain ``strategy="ddp"`` work with two networks.
         Returns the gradient's norm before clipping and scaling.
         """
-        gradient = torch.cat([g.reshape(-1) for g in gradients])
         if index == 1 or self.critic_mode == "adversarial":  # L f in closed form is global already
             gradient = self._mean_over_processes(gradient)
         if index == 0 and self.penalty_estimator == "lagged":
@@ -624,9 +761,8 @@ class MMDGAN(LightningModule):
             RuntimeError: If processes hold different parameters.
         """
         trainer = self._trainer
-        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        if running and trainer.world_size > 1:  # an interrupted process may be alone in saving
-            self._refuse_different_parameters()
+        if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            self._refuse_different_parameters()  # while interrupted, a process may be alone here
         checkpoint["mmdgan"] = {
             "critic_step": self.critic_step,
             "images_seen": self.images_seen,
@@ -664,6 +800,8 @@ class MMDGAN(LightningModule):
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
 
     def _refuse_different_parameters(self) -> None:
+        if self.trainer.world_size == 1:
+            return
         names, parameters = zip(*self.named_parameters(), strict=True)
         own = torch.stack([_fingerprint(p) for p in parameters])
         reduce = self.trainer.strategy.reduce
@@ -678,11 +816,13 @@ class MMDGAN(LightningModule):
                 "older checkpoint without it."
             )
 
+    def _random_state_kept(self) -> AbstractContextManager:
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     @contextmanager
     def _seeded(self, *counters: int) -> Iterator[None]:
         """Run with random numbers that are a function of the counters; restore the state after."""
-        on_cuda = self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_cuda else []):
+        with self._random_state_kept():
             torch.manual_seed(_counter_seed(*counters))
             yield
 
@@ -770,6 +910,18 @@ def _samples_of(batch: Any) -> Tensor:
             f"got {kind}. Convert the data in the data module, images to [-1, 1]."
         )
     return samples
+
+
+@contextmanager
+def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
+    """Put buffers back, such as power iterations, that forward passes within have moved."""
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -217,6 +217,11 @@ class Pushforward:
         reuse: Prepare for many tangents: the transposed graph of the reverse pass is kept. Each
             tangent then costs about half of a fresh forward-mode pass, and the memory is that of a
             double backward.
+        record: A pass to repeat, the ``record`` of another pushforward: its buffers and random
+            numbers are used again, and the present ones are left alone.
+
+    Attributes:
+        record: Buffers and random state that the pass began with.
 
     Raises:
         TypeError: If the generator does not return a tensor.
@@ -235,6 +240,7 @@ class Pushforward:
         parameters: Mapping[str, Tensor] | None = None,
         *,
         reuse: bool = False,
+        record: Replay | None = None,
     ) -> None:
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
@@ -249,9 +255,14 @@ class Pushforward:
         self._leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
         taken = {id(own[n]) for n in parameters}
         held = {n: p.detach() for n, p in generator.named_parameters() if id(p) not in taken}
-        self._replay = Replay(generator, z.device)
+        values = {**held, **self._leaves}
+        self.record = Replay(generator, z.device) if record is None else record
         with torch.enable_grad(), full_precision(z.device):
-            self._samples = functional_call(generator, {**held, **self._leaves}, (self.z,))
+            self._samples = (
+                functional_call(generator, values, (self.z,))
+                if record is None
+                else record(self.z, values)
+            )
         check_samples(generator, self._samples, z)
         self._power_iterations = {
             key: buffer.clone()
@@ -366,7 +377,7 @@ class Pushforward:
             Samples of shape (n, ...).
         """
         with full_precision(self.z.device):
-            return self._replay(self.z, parameters)
+            return self.record(self.z, parameters)
 
     def neighbours(self, v: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
         r"""Return a step h and the samples at :math:`\theta + h v` and :math:`\theta - h v`.
@@ -389,7 +400,7 @@ class Pushforward:
             _frozen_power_iterations(self.generator),
         ):
             ahead, behind = (
-                self._replay(
+                self.record(
                     self.z,
                     self._power_iterations
                     | {n: p + h * tangents[n] for n, p in self.leaves.items()},
@@ -445,7 +456,7 @@ def _forward_mode(
     tangents = push.unflatten(v)
     with torch.no_grad(), forward_ad.dual_level():
         duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in push.leaves.items()}
-        x, dx = forward_ad.unpack_dual(push._replay(push.z, {**(buffers or {}), **duals}))
+        x, dx = forward_ad.unpack_dual(push.record(push.z, {**(buffers or {}), **duals}))
     error, size = (x - push.samples).abs().max(), push.samples.abs().max()
     if error > torch.finfo(x.dtype).eps ** 0.5 * size:  # a state that is no buffer, two iterations
         raise RuntimeError("a second pass from the same buffers and random state differs")

@@ -9,6 +9,7 @@ The regularised MMD is a concave problem in w; its solution is the regularised w
 and :math:`J^T w = L f` is the direction in which the generator descends.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from lightning_mmd.pushforward import (
 __all__ = [
     "KernelWitness",
     "MeanEmbedding",
+    "MicroBatchEmbedding",
     "WitnessConvergenceWarning",
     "WitnessSolution",
     "solve_witness",
@@ -52,6 +54,14 @@ class MeanEmbedding:
         z: Latents of shape (n, ...).
         parameters: See :class:`~lightning_mmd.pushforward.Pushforward`.
         reduce: Averages a tensor over processes; default: this process is alone.
+        records: Passes of generator and features to repeat, the ``records`` of another embedding:
+            their buffers and random numbers are used again, and the present ones are left alone.
+
+    Attributes:
+        mean: m of shape (r,), over all processes, without a graph.
+        local_mean: m of this process, with the graph in the features' parameters.
+        samples: The samples, of shape (n, ...).
+        records: Buffers and random states that the passes of generator and features began with.
 
     Raises:
         ValueError: If the features are not of shape (n, r).
@@ -65,24 +75,32 @@ class MeanEmbedding:
         parameters: Mapping[str, Tensor] | None = None,
         *,
         reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        records: tuple[Replay, Replay] | None = None,
     ) -> None:
-        self.pushforward = Pushforward(generator, z, parameters, reuse=True)
+        of_generator, of_features = records or (None, None)
+        self.pushforward = Pushforward(generator, z, parameters, reuse=True, record=of_generator)
         self._reduce = reduce
         self.samples = self.pushforward.samples.requires_grad_()
         with torch.enable_grad(), full_precision(z.device), unfused_attention():
-            self._replay = Replay(features, z.device)
-            phi = features(self.samples)
+            self.records = (self.pushforward.record, of_features or Replay(features, z.device))
+            phi = (of_features or features)(self.samples)
             if not isinstance(phi, Tensor) or phi.ndim != 2 or len(phi) != len(z):
                 got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
                 raise ValueError(
                     f"features must map {len(z)} samples to a matrix of shape ({len(z)}, r), got "
                     f"{got}. Flatten the feature net's output."
                 )
-            self.local_mean = phi.mean(0)  # of this process, with the graph
-            self._u = torch.zeros_like(self.local_mean, requires_grad=True)
-            self._reverse = self.witness_gradient(self._u)
-            refuse_once_differentiable([self._reverse])
+            self.local_mean = phi.mean(0)
         self.mean = reduce(self.local_mean.detach())
+
+    @property
+    def num_parameters(self) -> int:
+        """The dimension P of the parameter space."""
+        return self.pushforward.num_parameters
+
+    def average(self, evaluate: "Callable[[MeanEmbedding, slice], Tensor]") -> Tensor:
+        """Return what a function makes of this embedding and its part of the batch, the whole."""
+        return evaluate(self, slice(None))
 
     def witness_gradient(self, w: Tensor) -> Tensor:
         r"""Gradient :math:`\frac1n \nabla f(x_i)`, f = <w, phi>, with a graph.
@@ -105,7 +123,8 @@ class MeanEmbedding:
         """
         x = samples.detach().requires_grad_()
         with torch.enable_grad(), full_precision(x.device):
-            mean = self._replay(x).mean(0)
+            _, features = self.records
+            mean = features(x).mean(0)
             return torch.autograd.grad(mean, x, w, materialize_grads=True)[0]
 
     def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -114,8 +133,9 @@ class MeanEmbedding:
         Latents, buffers and dropout masks are those of this embedding, and the features still
         those with the parameters of the present moment.
         """
+        _, features = self.records
         with torch.no_grad(), full_precision(self.samples.device):
-            return self._replay(self.pushforward.replay(parameters)).mean(0)
+            return features(self.pushforward.replay(parameters)).mean(0)
 
     def adjoint(self, w: Tensor) -> Tensor:
         """Return J^T w = L f of the witness with weights w, (P,), averaged over processes."""
@@ -128,11 +148,102 @@ class MeanEmbedding:
     def push(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return J v of shape (r,), averaged over processes, and the samples' tangents dx."""
         dx = self.pushforward.tangent(v)
-        if not self._reverse.requires_grad:
+        u, reverse = self._transposed_graph
+        if not reverse.requires_grad:
             return torch.zeros_like(self.mean), dx
         with full_precision(v.device):
-            (jv,) = torch.autograd.grad(self._reverse, self._u, dx, retain_graph=True)
+            (jv,) = torch.autograd.grad(reverse, u, dx, retain_graph=True)
         return self._reduce(jv), dx
+
+    @functools.cached_property
+    def _transposed_graph(self) -> tuple[Tensor, Tensor]:
+        """The features' reverse pass as a graph that is linear in its weights u."""
+        u = torch.zeros_like(self.local_mean, requires_grad=True)
+        reverse = self.witness_gradient(u)
+        refuse_once_differentiable([reverse])
+        return u, reverse
+
+
+class MicroBatchEmbedding:
+    r"""A :class:`MeanEmbedding` that is evaluated in parts, one at a time.
+
+    The same mean, adjoint and tangents to rounding, with the memory of one part: a part is
+    evaluated anew whenever it is needed, with the buffers and random numbers that it had first, so
+    that each product with J or its transpose costs a forward pass of generator and features more.
+    The parts are z[j::num_parts].
+
+    Args:
+        features: See :class:`MeanEmbedding`.
+        generator: See :class:`MeanEmbedding`.
+        z: See :class:`MeanEmbedding`.
+        parameters: See :class:`MeanEmbedding`.
+        num_parts: Number of parts, >= 1.
+        reduce: See :class:`MeanEmbedding`.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        generator: nn.Module,
+        z: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        num_parts: int,
+        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self._evaluate = lambda latents, records: MeanEmbedding(
+            features, generator, latents, parameters, records=records
+        )
+        self._z = z
+        self._reduce = reduce
+        self._parts = [slice(j, None, num_parts) for j in range(min(num_parts, len(z)))]
+        self._records: list[tuple[Replay, Replay] | None] = [None] * len(self._parts)
+        samples: list[Tensor] = []
+        self.mean = reduce(self.average(lambda part, _: self._begin(part, samples)))
+        self.samples = torch.empty_like(torch.cat(samples))
+        for part, some in zip(self._parts, samples, strict=True):
+            self.samples[part] = some
+
+    def _begin(self, embedding: MeanEmbedding, samples: list[Tensor]) -> Tensor:
+        self._records[len(samples)] = embedding.records
+        self.num_parameters = embedding.num_parameters
+        samples.append(embedding.samples.detach())
+        return embedding.mean
+
+    def average(self, evaluate: Callable[[MeanEmbedding, slice], Tensor]) -> Tensor:
+        """Return the mean over samples of what a function makes of each part's embedding.
+
+        Args:
+            evaluate: Function of a part's embedding, of this process alone, and its slice of the
+                batch, to a tensor that is a mean over samples.
+
+        Returns:
+            Tensor of the function's shape, of this process.
+        """
+        terms = (  # no name holds an embedding: there would be two at a time
+            evaluate(self._evaluate(self._z[part], records), part)
+            * (len(self._z[part]) / len(self._z))
+            for part, records in zip(self._parts, self._records, strict=True)
+        )
+        return functools.reduce(torch.add, terms)
+
+    def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`MeanEmbedding.mean_at`."""
+        return self.average(lambda embedding, _: embedding.mean_at(parameters))
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        """See :meth:`MeanEmbedding.adjoint`."""
+        return self._reduce(self.average(lambda embedding, _: embedding.adjoint(w)))
+
+    def push(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`MeanEmbedding.push`."""
+        tangents = torch.empty_like(self.samples)
+
+        def push_part(embedding: MeanEmbedding, part: slice) -> Tensor:
+            jv, tangents[part] = embedding.push(v)
+            return jv
+
+        return self._reduce(self.average(push_part)), tangents
 
 
 @dataclass(frozen=True)
@@ -263,7 +374,7 @@ def solve_witness(
 
 
 def solve_embedding(
-    embedding: MeanEmbedding,
+    embedding: MeanEmbedding | MicroBatchEmbedding,
     gap: Tensor,
     *,
     alpha: float,
@@ -346,7 +457,13 @@ class _Iterate:
     Vectors of length r are accumulated in float64 over products in the networks' precision.
     """
 
-    def __init__(self, embedding: MeanEmbedding, gap: Tensor, alpha: float, beta: float) -> None:
+    def __init__(
+        self,
+        embedding: MeanEmbedding | MicroBatchEmbedding,
+        gap: Tensor,
+        alpha: float,
+        beta: float,
+    ) -> None:
         self.embedding, self.alpha, self.beta = embedding, alpha, beta
         self.gap = gap.double()
         self.weights = torch.zeros_like(self.gap)
@@ -354,7 +471,7 @@ class _Iterate:
         self.gramian_image = torch.zeros_like(self.gap)
         self._largest_curvature = 0.0
         self.parametric_gradient = torch.zeros(
-            embedding.pushforward.num_parameters,
+            embedding.num_parameters,
             dtype=embedding.samples.dtype,
             device=embedding.samples.device,
         )

@@ -85,11 +85,13 @@ def fit(model, path, devices, strategy="auto", callbacks=()):
     ],
     ids=["closed form", "adversarial", "lagged"],
 )
-def test_two_processes_train_as_one(kwargs, tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_train_as_one(kwargs, accumulate, tmp_path):
     one = make_model(WholeBatch, **kwargs)
     start = copy.deepcopy(one.state_dict())
     whole = fit(one, tmp_path, devices=1)
-    parts = fit(make_model(MMDGAN, **kwargs), tmp_path, devices=2, strategy="ddp_fork")
+    several = make_model(MMDGAN, accumulate=accumulate, **kwargs)
+    parts = fit(several, tmp_path, devices=2, strategy="ddp_fork")
     size = nn.utils.parameters_to_vector([whole[n] - start[n] for n in whole]).norm()
     assert size > 0.05  # they moved
     for name, value in whole.items():
