@@ -13,7 +13,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -297,13 +300,30 @@ class MMDGAN(LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Forget an average of earlier weights when training begins.
+        """Refuse strategies that shard parameters, and leave the step uncompiled; forget an old average.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            ValueError: If the strategy shards parameters.
         """
+        if stage == "fit" and isinstance(self.trainer.strategy, _SHARDING):
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} shards parameters among processes, but "
+                "the penalty and the witness differentiate in the generator's whole parameter "
+                "vector on each. Use strategy='ddp', with accumulate > 1 where memory is short."
+            )
         if stage == "fit":
             self.sample_with(None)
+        if self._compiler_ctx is not None:
+            to_uncompiled(self)
+            rank_zero_warn(
+                "torch.compile(model) is undone: a training step here takes second derivatives, "
+                "which compiled code does not have. Compile the networks instead, "
+                "model.generator.compile() and model.critic.compile(): whatever needs no second "
+                "derivative then runs compiled."
+            )
 
     def on_fit_start(self) -> None:
         """Check on two samples that latents, generator and critic fit, before anything moves."""
@@ -488,7 +508,7 @@ class MMDGAN(LightningModule):
         num = len(real)
         z = self.sample_latents(num)
         if self.critic_step == 0:
-            with torch.no_grad(), _evaluating(self.generator):
+            with torch.no_grad(), full_precision(self.device), _evaluating(self.generator):
                 self._check_shapes(real, self.generator(z[:1]))
         penalised, plain = z.tensor_split([self._num_penalised(num)])
         reduce = self._penalty_reduction(penalised, num)
@@ -691,9 +711,11 @@ class MMDGAN(LightningModule):
         real = _samples_of(batch)
         self._check_finite(real, real)
         latents = self.fixed_latents(len(real), _counter_seed(self.global_rank, batch_idx))
-        fake = self.sample(len(real), latents)
-        self._check_shapes(real, fake)
-        gap = evaluate_critic(self.critic, real).mean() - evaluate_critic(self.critic, fake).mean()
+        with full_precision(self.device):
+            fake = self.sample(len(real), latents)
+            self._check_shapes(real, fake)
+            on_real, on_fake = (evaluate_critic(self.critic, x).mean() for x in (real, fake))
+        gap = on_real - on_fake
         self.log(f"{stage}/gap", gap, batch_size=len(real), sync_dist=True)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.trainer.global_step))
@@ -750,12 +772,14 @@ class MMDGAN(LightningModule):
     def _critic_parameters(self) -> dict[str, nn.Parameter]:
         solved = {"weights"} if self.critic_mode == "closed_form" else set()
         named = self.critic.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and n not in solved}
+        return {n: p for n, p in named if p.requires_grad and _plain_name(n) not in solved}
 
     # State
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counters, the lagged direction and the damping; compare processes' parameters.
+
+        Parameters have the names that they have uncompiled.
 
         Raises:
             RuntimeError: If processes hold different parameters.
@@ -763,6 +787,8 @@ class MMDGAN(LightningModule):
         trainer = self._trainer
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
             self._refuse_different_parameters()  # while interrupted, a process may be alone here
+        state_dict = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {_plain_name(name): p for name, p in state_dict.items()}
         checkpoint["mmdgan"] = {
             "critic_step": self.critic_step,
             "images_seen": self.images_seen,
@@ -774,6 +800,10 @@ class MMDGAN(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters, the lagged direction, the damping and averaged weights."""
+        present = {_plain_name(name): name for name in self.state_dict()}
+        checkpoint["state_dict"] = {
+            present.get(_plain_name(name), name): p for name, p in checkpoint["state_dict"].items()
+        }
         state = checkpoint["mmdgan"]
         self.critic_step = state["critic_step"]
         self.images_seen = state["images_seen"]
@@ -864,7 +894,7 @@ class MMDGAN(LightningModule):
 
 
 _LARGEST_ETA = 0.5  # of automatic damping: longer steps follow the noise of a batch
-
+_SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _NOT_RECORDED = [
     "generator",
     "critic",
@@ -886,6 +916,11 @@ def _fast_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def _no_op() -> None:
     pass
+
+
+def _plain_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -972,7 +1007,7 @@ def _check_networks(
     if critic_mode == "adversarial":
         if beta > 0:
             rkhs_norm_penalty(critic)
-    elif not isinstance(critic, LearnedKernelCritic):
+    elif not isinstance(getattr(critic, "_orig_mod", critic), LearnedKernelCritic):
         raise TypeError(
             "critic_mode='closed_form' solves for the weights of a LearnedKernelCritic, got "
             f"{type(critic).__name__}. Wrap your network: LearnedKernelCritic(features, "

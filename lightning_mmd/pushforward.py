@@ -8,9 +8,10 @@ the package differentiates through a generator:
 * parameters to tangents (one forward-mode pass), :math:`v \mapsto (J_\theta G(z_i) v)_i`.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property
 from weakref import WeakKeyDictionary
 
@@ -96,9 +97,20 @@ def evaluate_critic(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return values.reshape(len(x))
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Return a context without autocast: bfloat16 costs penalties and witnesses 1 to 4 percent."""
-    return torch.autocast(device_type=device.type, enabled=False)
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switch off autocast, and torch.compile, within a context.
+
+    bfloat16 costs penalties and witnesses 1 to 4 percent, and compiled functions have no second
+    derivative: modules that hold them run as they were written.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    compiling = set_stance is not None and "torch._dynamo" in sys.modules
+    with (
+        torch.autocast(device_type=device.type, enabled=False),
+        set_stance("force_eager") if compiling else nullcontext(),
+    ):
+        yield
 
 
 @contextmanager

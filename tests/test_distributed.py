@@ -2,6 +2,9 @@
 
 import copy
 import importlib.util
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,10 +59,11 @@ def make_model(kind, **kwargs):
     return kind(MLPGenerator(2, 3, (16,)), critic, latent_dim=3, beta=0.1, **kwargs)
 
 
-def fit(model, path, devices, strategy="auto", callbacks=()):
+def fit(model, path, devices, strategy="auto", callbacks=(), num_nodes=1):
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         max_steps=NUM_STEPS,
         max_epochs=-1,
@@ -71,8 +75,10 @@ def fit(model, path, devices, strategy="auto", callbacks=()):
         enable_model_summary=False,
         default_root_dir=path,
     )
-    trainer.fit(model, datamodule=Points(BATCH * (2 // devices), num_workers=0, seed=0))
+    trainer.fit(model, datamodule=Points(BATCH * (2 // devices // num_nodes), 0, seed=0))
     trainer.save_checkpoint(path / f"{devices}.ckpt", weights_only=True)
+    if num_nodes > 1:  # the first node alone writes
+        return {}
     return torch.load(path / f"{devices}.ckpt", weights_only=True)["state_dict"]
 
 
@@ -162,3 +168,36 @@ def test_processes_that_drift_apart_are_found_at_a_checkpoint(tmp_path):
     with pytest.raises(ProcessRaisedException, match=message):
         fit(make_model(Drifts), tmp_path, 2, "ddp_fork", [checkpoints])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+NODE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+from test_distributed import MMDGAN, fit, make_model
+fit(make_model(MMDGAN), Path(sys.argv[2]), devices=1, strategy="ddp", num_nodes=2)
+"""
+
+
+def test_two_nodes_train_as_two_processes(tmp_path):
+    """Two one-process nodes on loopback, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        torchrun = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
+        torchrun |= {"MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+        torchrun |= {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0}
+        environment = os.environ | {name: str(value) for name, value in torchrun.items()}
+        command = [sys.executable, "-c", NODE, str(Path(__file__).parent), tmp_path / str(rank)]
+        nodes.append(subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent))
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    here = fit(make_model(MMDGAN), tmp_path, devices=2, strategy="ddp_fork")
+    nodes = torch.load(tmp_path / "0" / "1.ckpt", weights_only=True)["state_dict"]
+    for name, value in here.items():
+        assert torch.equal(value, nodes[name]), name
