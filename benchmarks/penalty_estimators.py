@@ -17,11 +17,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from flops import Flops
 from lightning.pytorch import LightningDataModule, Trainer
 from parity import RESULTS, save_table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lightning_mmd import (
     MMDGAN,
@@ -136,27 +135,12 @@ def spread(model: MMDGAN, arguments: dict[str, Any], num_batches: int) -> tuple[
     return fmean(values) - 1, stdev(values)
 
 
-class CountFlops(TorchDispatchMode):
-    """Adds up torch's FLOP formulas; its own counter does not go with `torch.autograd.grad`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        result = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def flops(arguments: dict[str, Any]) -> float:
     """Return the FLOPs of a training iteration on digits, averaged over eight."""
     counts = []
     for num_updates in (1, 9):  # the first has no lagged direction, nor what a fit does around
         model = make_model("digits", 0, **arguments)
-        with CountFlops() as counter:
+        with Flops() as counter:
             train(model, "digits", num_updates, 0)
         counts.append(counter.total)
     return (counts[1] - counts[0]) / 8

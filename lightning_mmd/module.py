@@ -71,7 +71,13 @@ class MMDGAN(LightningModule):
     ``trainer.global_step`` counts generator updates only, so ``max_steps``, checkpoints, loggers
     and averages are all on that clock. Latents and dropout masks are functions of (seed, rank,
     critic step), so that processes differ and a resumed run draws what it would have drawn (the
-    order of the data is the loader's own affair). It runs on plain ``strategy="ddp"``.
+    order of the data is the loader's own affair).
+
+    W processes, on plain ``strategy="ddp"`` and one or several nodes, follow the gradients of one
+    process on the concatenated batch, the penalty's and the witness' included, where no layer has
+    batch statistics; a checkpoint is refused when their parameters are no longer equal bit for bit.
+    Under ``bf16-mixed`` penalty and witness stay in float32. Networks may be compiled
+    (``model.generator.compile()``): passes that need no second derivative then run compiled.
 
     Args:
         generator: Any module from latents to samples.
@@ -300,7 +306,7 @@ class MMDGAN(LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard parameters, and leave the step uncompiled; forget an old average.
+        """Refuse strategies that shard, leave the step uncompiled, forget an old average.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.

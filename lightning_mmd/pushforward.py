@@ -105,10 +105,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
     derivative: modules that hold them run as they were written.
     """
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    compiling = set_stance is not None and "torch._dynamo" in sys.modules
     with (
         torch.autocast(device_type=device.type, enabled=False),
-        set_stance("force_eager") if compiling else nullcontext(),
+        set_stance("force_eager")
+        if set_stance is not None and "torch._dynamo" in sys.modules
+        else nullcontext(),
     ):
         yield
 

@@ -196,7 +196,7 @@ def test_two_nodes_train_as_two_processes(tmp_path):
         environment = os.environ | {name: str(value) for name, value in torchrun.items()}
         command = [sys.executable, "-c", NODE, str(Path(__file__).parent), tmp_path / str(rank)]
         nodes.append(subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent))
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
     here = fit(make_model(MMDGAN), tmp_path, devices=2, strategy="ddp_fork")
     nodes = torch.load(tmp_path / "0" / "1.ckpt", weights_only=True)["state_dict"]
     for name, value in here.items():
