@@ -98,6 +98,8 @@ def with_state():
     """Networks whose passes draw masks and move buffers."""
     generator = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Dropout(0.3), nn.Linear(16, 2))
     hidden = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 16))
+    for vector in hidden.parametrizations.weight[0].buffers():  # far from converged
+        vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
     return generator, nn.Sequential(hidden, nn.SiLU(), nn.Dropout(0.3), nn.Linear(16, 8))
 
 
