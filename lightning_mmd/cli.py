@@ -1,6 +1,8 @@
-"""The command line: ``lightning-mmd fit | validate | test | sample``."""
+"""The command line: ``lightning-mmd fit | validate | test | sample | halving``."""
 
+import argparse
 import difflib
+import logging
 import math
 import os
 import pickle
@@ -24,20 +26,24 @@ import lightning_mmd.kernels
 import lightning_mmd.networks
 import lightning_mmd.noise
 from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
+from lightning_mmd.halving import StepHalving
+from lightning_mmd.ladder import climb
 from lightning_mmd.module import MMDGAN
 
-__all__ = ["MMDCLI", "main", "sample"]
+__all__ = ["MMDCLI", "halving", "main", "sample"]
 
 _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
 Besides the subcommands below, 'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png'
-draws samples from a checkpoint."""
+draws samples from a checkpoint, and 'lightning-mmd halving --config FILE' tells whether a training
+follows a limit dynamics or an accident of its step size."""
 
 _NOISE = (  # warnings that say nothing to a user of this command
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
     ".*ModelCheckpoint with manual optimization.*",
     ".*isinstance.treespec, LeafSpec.*",
+    "LightningCLI's args parameter.*",
 )
 
 
@@ -89,6 +95,50 @@ class MMDCLI(LightningCLI):
                 self.trainer.save_checkpoint(checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
+
+
+class HalvingCLI(MMDCLI):
+    """What ``fit`` would run, built only, and the arguments of the halving test."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of the test to those of a training."""
+        super().add_arguments_to_parser(parser)
+        parser.add_function_arguments(climb, skip={"user", "build"})
+        for name in ("ckpt_path", "weights_only"):  # stand in the configuration that fit saves
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+def halving(args: list[str]) -> StepHalving:
+    """Run the halving test of a training, see :func:`lightning_mmd.ladder.climb`.
+
+    Args:
+        args: Arguments of ``fit``, and ``--num_halvings``, ``--seeds`` and ``--tolerance``.
+
+    Returns:
+        Curves, distances and verdict.
+    """
+
+    def build(overrides: list[str]) -> HalvingCLI:
+        return HalvingCLI(
+            MMDGAN,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_kwargs={
+                "prog": "lightning-mmd halving",
+                "description": "Does a training follow a limit dynamics? Takes what 'fit' takes.",
+                "exit_on_error": False,
+            },
+            args=[*args, *overrides],
+            run=False,
+        )
+
+    for name in ("lightning.pytorch", "lightning.fabric"):  # or each run repeats seeds and devices
+        logging.getLogger(name).setLevel(logging.WARNING)
+    user = build([])
+    options = {name: user.config[name] for name in ("num_halvings", "seeds", "tolerance")}
+    return climb(user, build, **options)
 
 
 def _model_seed(seed_everything: bool | int) -> int:
@@ -230,6 +280,9 @@ def run(args: ArgsType = None) -> None:
     if isinstance(arguments, list) and arguments[:1] == ["sample"]:
         prog = "lightning-mmd sample"
         auto_cli(sample, args=arguments[1:], as_positional=False, prog=prog, exit_on_error=False)
+        return
+    if isinstance(arguments, list) and arguments[:1] == ["halving"]:
+        halving(arguments[1:])
         return
     MMDCLI(
         MMDGAN,

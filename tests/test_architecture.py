@@ -27,7 +27,8 @@ FLOORS = {
     "critics": 5,
     "module": 6,
     "callbacks": 7,
-    "cli": 8,
+    "ladder": 8,
+    "cli": 9,
 }
 HIGHEST_TORCH_ONLY_FLOOR = 4
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py"))

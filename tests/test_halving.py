@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from lightning_mmd.halving import bilinear_game, step_halving
+from lightning_mmd.halving import bilinear_game, compare_halvings, step_halving
 
 
 def euler(step_size, num_steps, seed=0):
@@ -49,9 +49,49 @@ def test_seeds_are_averaged_and_their_spread_is_reported():
     )
     scale = 1 - 0.9**30
     assert result.spread == pytest.approx(float(0.5 * noises.std() / 50**0.5 / scale), rel=1e-6)
+    assert result.noise < 1e-12  # the same at every step size
+    assert result.seed_distances == pytest.approx(result.distances)
     lone = step_halving(noisy, step_size=0.1, num_steps=30, seeds=[0])
     assert lone.spread == 0.0
     assert lone.distances == pytest.approx(result.distances)  # the noise is common
+
+
+def random_walk(step_size, num_steps, seed):
+    """Noise of mini-batches along a descent: its variance over a stretch scales with the step."""
+    generator = torch.Generator().manual_seed(round(seed + 1e6 * step_size))
+    steps = torch.randn(num_steps, generator=generator) * step_size
+    return euler(step_size, num_steps) + torch.cat([torch.zeros(1), steps.cumsum(0)])
+
+
+def test_noise_of_mini_batches_leaves_0_71_of_a_distance_and_averages_out():
+    run = {"step_size": 0.01, "num_steps": 100, "tolerance": 1e-4}
+    result = step_halving(random_walk, seeds=range(1000), **run)
+    assert result.seed_distances[1] / result.seed_distances[0] == pytest.approx(0.5**0.5, rel=0.05)
+    assert result.distances[1] < 0.2 * result.seed_distances[1]
+    # the mean over the axis of the variance of both walks, s * eta / 2 and s * eta / 4, s to 1
+    exact = ((0.005 + 0.0025) / 2 / 1000) ** 0.5 / (1 - 0.99**100)
+    assert result.noise == pytest.approx(exact, rel=0.1)
+    assert result.verdict == "not yet"
+
+
+def test_curves_on_axes_of_their_own_are_compared_on_the_common_one():
+    def curve(*axis):
+        return torch.tensor(axis), 3.0 * torch.tensor(axis) + 1.0
+
+    straight = [[curve(0.0, 0.7, 2.0)], [curve(0.0, 0.1, 1.5, 2.5)], [curve(0.5, 2.0)]]
+    result = compare_halvings(straight)
+    assert result.cumulative_lr[[0, -1]].tolist() == [0.5, 2.0]
+    assert max(result.distances) < 1e-15
+    shifted = [[(axis, values + 0.9 * k)] for k, ((axis, values),) in enumerate(straight)]
+    assert compare_halvings(shifted).distances == pytest.approx((0.2, 0.2))  # range 3 * 1.5
+    assert compare_halvings(shifted).verdict == "no limit"
+    assert compare_halvings(shifted, tolerance=0.21).verdict == "converged"
+    with pytest.raises(ValueError, match="a quarter of it"):
+        compare_halvings(straight[:2])
+    with pytest.raises(ValueError, match="of the same seeds"):
+        compare_halvings([straight[0] * 2, *straight[1:]])
+    with pytest.raises(ValueError, match="that rise"):
+        compare_halvings([[curve(0.0, 0.0)], *straight[1:]])
 
 
 @pytest.mark.parametrize("step_size", [0.5, 0.1, 0.01])
