@@ -1,4 +1,4 @@
-"""The command line: ``lightning-mmd fit | validate | test | sample | halving``."""
+"""The command line: ``lightning-mmd fit | validate | test | sample | halving | doctor``."""
 
 import argparse
 import difflib
@@ -26,17 +26,19 @@ import lightning_mmd.kernels
 import lightning_mmd.networks
 import lightning_mmd.noise
 from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
+from lightning_mmd.doctor import examine
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.ladder import climb
 from lightning_mmd.module import MMDGAN
 
-__all__ = ["MMDCLI", "halving", "main", "sample"]
+__all__ = ["MMDCLI", "doctor", "halving", "main", "sample"]
 
 _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
-Besides the subcommands below, 'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png'
-draws samples from a checkpoint, and 'lightning-mmd halving --config FILE' tells whether a training
-follows a limit dynamics or an accident of its step size."""
+Besides the subcommands below,
+'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png' draws samples from a checkpoint,
+'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
+'lightning-mmd doctor [--config FILE]' examines the installation and a model on two processes."""
 
 _NOISE = (  # warnings that say nothing to a user of this command
     ".*does not have many workers.*",
@@ -97,15 +99,54 @@ class MMDCLI(LightningCLI):
             print(summary(self.trainer, checkpoint))
 
 
-class HalvingCLI(MMDCLI):
-    """What ``fit`` would run, built only, and the arguments of the halving test."""
+class BuiltCLI(MMDCLI):
+    """What ``fit`` would run, built only."""
+
+    data_class: type[LightningDataModule] | None = LightningDataModule
+
+    def __init__(self, args: list[str], prog: str, description: str) -> None:
+        kwargs = {"prog": f"lightning-mmd {prog}", "description": description}
+        super().__init__(
+            MMDGAN,
+            self.data_class,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_kwargs=kwargs | {"exit_on_error": False},
+            args=args,
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept the configuration that ``fit`` saves."""
+        super().add_arguments_to_parser(parser)
+        for name in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+class HalvingCLI(BuiltCLI):
+    """A training, and the arguments of the halving test."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of the test to those of a training."""
         super().add_arguments_to_parser(parser)
         parser.add_function_arguments(climb, skip={"user", "build"})
-        for name in ("ckpt_path", "weights_only"):  # stand in the configuration that fit saves
-            parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+class DoctorCLI(BuiltCLI):
+    """The model of a training alone: neither its data nor its devices need be at hand."""
+
+    data_class = None  # then they are not required
+
+    def before_instantiate_classes(self) -> None:
+        """Leave data, logger and callbacks out."""
+        self.config.data = None
+        for name in vars(self.config.trainer):
+            self.config.trainer[name] = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return a trainer that asks for nothing."""
+        return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
 def halving(args: list[str]) -> StepHalving:
@@ -119,26 +160,33 @@ def halving(args: list[str]) -> StepHalving:
     """
 
     def build(overrides: list[str]) -> HalvingCLI:
-        return HalvingCLI(
-            MMDGAN,
-            LightningDataModule,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_kwargs={
-                "prog": "lightning-mmd halving",
-                "description": "Does a training follow a limit dynamics? Takes what 'fit' takes.",
-                "exit_on_error": False,
-            },
-            args=[*args, *overrides],
-            run=False,
-        )
+        about = "Does a training follow a limit dynamics? Takes what 'fit' takes."
+        return HalvingCLI([*args, *overrides], "halving", about)
 
-    for name in ("lightning.pytorch", "lightning.fabric"):  # or each run repeats seeds and devices
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quieten()
     user = build([])
     options = {name: user.config[name] for name in ("num_halvings", "seeds", "tolerance")}
     return climb(user, build, **options)
+
+
+def doctor(args: list[str]) -> bool:
+    """Examine the installation and, with a configuration, its model on two processes.
+
+    Args:
+        args: Nothing, or arguments of ``fit``.
+
+    Returns:
+        Whether nothing is wrong, see :func:`lightning_mmd.doctor.examine`.
+    """
+    _quieten()
+    about = "Examine the installation and, with --config, gradients on two processes."
+    return examine(DoctorCLI(args, "doctor", about).model if args else None)
+
+
+def _quieten() -> None:
+    """Let Lightning not repeat seeds and devices for each run."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _model_seed(seed_everything: bool | int) -> int:
@@ -283,6 +331,10 @@ def run(args: ArgsType = None) -> None:
         return
     if isinstance(arguments, list) and arguments[:1] == ["halving"]:
         halving(arguments[1:])
+        return
+    if isinstance(arguments, list) and arguments[:1] == ["doctor"]:
+        if not doctor(arguments[1:]):
+            sys.exit(1)
         return
     MMDCLI(
         MMDGAN,

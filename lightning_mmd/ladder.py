@@ -163,13 +163,18 @@ def climb(
 
     Raises:
         ValueError: If an argument is out of range, training has no end in steps or epochs, or there
-            is no ``MMDTracker``.
+            is no ``MMDTracker``, or damping is automatic.
     """
     seeds = [user.model.seed] if seeds is None else seeds
     if num_halvings < 2 or not seeds or not tolerance > 0:
         raise ValueError(
             "halving needs num_halvings >= 2, at least one seed and tolerance > 0, got "
             f"{num_halvings}, {seeds} and {tolerance}."
+        )
+    if user.model.damping is not None:
+        raise ValueError(
+            "halving needs steps that it can halve: automatic_damping chooses them by itself. Add "
+            "--model.automatic_damping false."
         )
     table: list[_Measurement] = []
     for k in range(num_halvings + 1):

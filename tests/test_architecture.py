@@ -23,12 +23,15 @@ FLOORS = {
     "rates": 4,
     "metrics": 5,
     "data": 5,
+    "versions": 5,
     "networks": 5,
     "critics": 5,
     "module": 6,
     "callbacks": 7,
+    "doctor": 7,
     "ladder": 8,
     "cli": 9,
+    "__main__": 10,
 }
 HIGHEST_TORCH_ONLY_FLOOR = 4
 MODULES = sorted(path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py"))
