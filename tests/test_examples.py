@@ -114,3 +114,25 @@ def test_a_foreign_gan_gains_from_the_penalty(tmp_path):
     assert noisy["mean"] > 0
     assert noisy["mean"] != plain["mean"]
     assert (tmp_path / "results/drop_in.csv").read_text().count("\n") == 4
+
+
+def test_steps_can_be_halved_with_the_penalty_and_not_without(tmp_path):
+    pytest.importorskip("matplotlib")
+    tables = load(ROOT / "examples/step_halving.py").main(
+        seeds=(1,), num_steps=160, directory=tmp_path
+    )
+    regularised, *cycling = tables["step_halving"]
+    last = "distance_1/2_1/4"
+    assert regularised["verdict"] == "converged"
+    assert regularised["mmd2_end"] < 0.2
+    for row in cycling:
+        assert row["verdict"] != "converged"
+        assert row[last] > 5 * regularised[last]
+        assert row["mmd2_end"] > 0.4
+    for row in tables["step_halving_bilinear"]:
+        tau = row["tau"]  # the half axes of x^2 + y^2 + tau x y = 1
+        assert row["drift"] < 1e-12
+        assert row["radius_max"] == pytest.approx((1 - tau / 2) ** -0.5, rel=1e-2)
+        assert row["radius_min"] == pytest.approx((1 + tau / 2) ** -0.5, rel=1e-2)
+    assert (tmp_path / "results/step_halving.csv").read_text().count("\n") == 4
+    assert (tmp_path / "figures/step_halving.png").stat().st_size > 10_000
