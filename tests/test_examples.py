@@ -136,3 +136,39 @@ def test_steps_can_be_halved_with_the_penalty_and_not_without(tmp_path):
         assert row["radius_min"] == pytest.approx((1 + tau / 2) ** -0.5, rel=1e-2)
     assert (tmp_path / "results/step_halving.csv").read_text().count("\n") == 4
     assert (tmp_path / "figures/step_halving.png").stat().st_size > 10_000
+
+
+def test_a_mixture_of_gaussians_needs_alpha(tmp_path):
+    pytest.importorskip("matplotlib")
+    tables = load(ROOT / "examples/mixture_of_gaussians.py").main(
+        seeds=(0, 1),
+        num_updates=200,
+        num_closed_updates=24,
+        num_held_out=4096,
+        methods=("alpha = 0", "alpha = 100", "closed form"),
+        directory=tmp_path,
+    )
+    plain, penalised, closed = tables["summary"]
+    assert 0.1 < plain["mmd2_median"] < 2
+    assert 1e-4 < penalised["mmd2_median"] < plain["mmd2_median"] / 5
+    assert 0 < closed["own_points_median"] < penalised["own_points_median"] / 5
+    assert plain["covers_all"] == 0
+    assert closed["covers_all"] == 2
+    excursions = [row["largest_excursion"] for row in tables["runs"]]
+    assert min(excursions[:2]) > 3 * max(excursions[2:])
+    assert (tmp_path / "results/mixture_of_gaussians.csv").read_text().count("\n") == 7
+    assert (tmp_path / "figures/mixture_of_gaussians.png").stat().st_size > 10_000
+
+
+def test_the_games_of_the_mixture_are_independent_and_alpha_is_a_unit(monkeypatch):
+    example = load(ROOT / "examples/mixture_of_gaussians.py")
+    single, pair = example.ascend([1], 6)[0], example.ascend([0, 1], 6)[1]
+    assert pair.curve == pytest.approx(single.curve, rel=1e-4)
+    monkeypatch.setattr(example, "CRITIC_LR", 100 * example.CRITIC_LR)
+    scaled = example.ascend(
+        [1], 6, alpha=1.0, beta=example.BETA / 100, generator_lr=example.GENERATOR_LR / 100
+    )[0]
+    assert scaled.curve == pytest.approx(single.curve, rel=1e-4)
+    assert single.curve[0] - single.curve[-1] > 1e-3  # the games have begun
+    assert example.num_rebounds([1.0, 0.1, 0.12, 1.0, 0.9, 0.1, 0.2]) == 2
+    assert example.num_rebounds([1.0, 0.5, 0.1, 0.11, 0.05]) == 0
