@@ -1,11 +1,13 @@
 """Interleaved processor times and peaks of memory."""
 
+import os
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start and stop
 from torch.profiler import ProfilerActivity, profile
 
 Ratio = dict[str, float]
