@@ -52,7 +52,7 @@ def test_conjugate_gradients_solve_as_the_formed_jacobian(run):
         batch_size=4,
         width=4,
         channels=(4, 4, 4),
-        num_updates=4,
+        num_updates=3,
         repeats=1,
     )
     costs = tables["costs"]
@@ -64,7 +64,8 @@ def test_conjugate_gradients_solve_as_the_formed_jacobian(run):
     three, dense = (row for row in costs[-4:] if row["solve"] in ("3 iterations", "dense"))
     assert {three["iterations"], dense["iterations"]} == {3, "-"}
     assert len(tables["starts"]) == 4
-    assert all(row["warm"] <= row["cold"] for row in tables["starts"])
+    loose, tight = (row["cold"] for row in tables["starts"][:2])
+    assert 0 < loose < tight <= 24 + 5  # in exact arithmetic at most r
 
 
 def test_estimators_agree_with_float64(run):
