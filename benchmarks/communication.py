@@ -114,8 +114,8 @@ def measure(
 
 def main(
     width: int = 32,
-    batch_size: int = 64,
-    num_steps: int = 6,
+    batch_size: int = 32,
+    num_steps: int = 5,
     directory: Path = Path(__file__).parent / "results",
 ) -> list[dict[str, Any]]:
     """Measure one and two processes, print and save the table.
