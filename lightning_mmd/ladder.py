@@ -24,21 +24,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_mmd.callbacks import MMDTracker
-from lightning_mmd.callbacks.cadence import GeneratorCadence
+from lightning_mmd.callbacks import (
+    BandwidthSchedule,
+    ConvergenceMonitor,
+    GeneratorEMA,
+    MMDTracker,
+    RelativeTestLR,
+    SampleGrid,
+)
 from lightning_mmd.halving import StepHalving, compare_halvings
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["climb", "shorten_steps"]
 
 _ONLOOKERS = (  # callbacks that training does not depend on, or should not here
-    GeneratorCadence,
     Checkpoint,
+    ConvergenceMonitor,
     DeviceStatsMonitor,
     EarlyStopping,
     LearningRateMonitor,
+    MMDTracker,
     ModelSummary,
     ProgressBar,
+    SampleGrid,
 )
 _NUM_MEASUREMENTS = 20  # of a curve, where the configuration has fewer
 _MEANING = {
@@ -145,7 +153,8 @@ def climb(
     curve over the cumulative learning rate. Runs of one seed share the start, and batch and latents
     of their k-th step; a run with shorter steps sees more of them, so their noise along the axis
     shrinks with the step: that is what averaging over seeds is for. Data modules with a ``seed``
-    get another order of the data for each.
+    get another order of the data for each. Schedules of learning rates, `GeneratorEMA`,
+    `BandwidthSchedule` and `RelativeTestLR` are stretched with the run.
 
     Prints a table and saves it with every measurement as CSV, and with matplotlib a picture, where
     the logger of the configuration would log the run.
@@ -224,12 +233,8 @@ def _train(run: LightningCLI, halvings: int, seed: int) -> list[_Measurement]:
         cadence = max(1, max_steps // factor // _NUM_MEASUREMENTS) * factor
         tracker.every_n_steps = min(tracker.every_n_steps, cadence)
     kept = [callback for callback in callbacks if not isinstance(callback, _ONLOOKERS)]
-    strange = [c for c in kept if not isinstance(c, GradientAccumulationScheduler)]
-    if strange and factor > 1:
-        rank_zero_warn(
-            f"halving: {', '.join(type(c).__name__ for c in strange)} may count steps; nothing in "
-            "it is rescaled."
-        )
+    for callback in kept:
+        _stretch(callback, factor)
     clock = _Clock(tracker)
     run.trainer.callbacks = [*kept, tracker, clock]  # pyright: ignore[reportAttributeAccessIssue]
     shorten_steps(run.model, factor)
@@ -246,6 +251,27 @@ def _train(run: LightningCLI, halvings: int, seed: int) -> list[_Measurement]:
         _Measurement(halvings, seed, int(entry["step"]), s, entry["mmd2"])
         for s, entry in zip(clock.times, history, strict=True)
     ]
+
+
+def _stretch(callback: Callback, factor: int) -> None:
+    """Let a callback do on the axis of the cumulative learning rate what it would have done."""
+    match callback:
+        case GradientAccumulationScheduler():  # Lightning's own, always there
+            pass
+        case GeneratorEMA():
+            callback.half_life *= factor
+            if callback.half_life_images is not None:
+                callback.half_life_images *= factor
+        case BandwidthSchedule():
+            callback.num_steps *= factor
+            callback.every_n_steps *= factor
+        case RelativeTestLR():
+            callback.every_n_steps *= factor
+            callback.min_lr /= factor
+        case _ if factor > 1:
+            rank_zero_warn(
+                f"halving: {type(callback).__name__} may count steps; nothing in it is rescaled."
+            )
 
 
 def _curve(

@@ -45,6 +45,13 @@ def test_gradients_of_two_processes_are_those_of_one(kwargs, names):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_rounding_that_conjugate_gradients_amplify_is_no_alarm():
+    features = RandomFourierFeatures(Gaussian(0.5), 2, 256)
+    critic = LearnedKernelCritic(nn.Identity(), 2, random_features=features)
+    model = make(critic=critic, witness_iterations=100, witness_tolerance=1e-12)
+    assert max(row.error for row in check_parity(model)) < 1e-9
+
+
 def test_what_the_training_does_with_a_gradient_takes_no_part():
     """Float32 networks, Adam's first step, clipping, several critic steps, latents of one's own."""
     torch.set_default_dtype(torch.float32)

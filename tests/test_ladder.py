@@ -3,6 +3,7 @@ import csv
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -13,8 +14,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_mmd import MMDGAN, LearnedKernelCritic
-from lightning_mmd.cli import halving, main
-from lightning_mmd.ladder import shorten_steps
+from lightning_mmd.callbacks import BandwidthSchedule, ConvergenceMonitor, GeneratorEMA
+from lightning_mmd.cli import HalvingCLI, halving, main
+from lightning_mmd.ladder import climb, shorten_steps
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 
 CONFIG = {
@@ -183,9 +185,37 @@ def test_steps_that_are_too_long_do_not_pass(in_a_folder_of_its_own, capsys):
     assert min(result.distances) > 0.1
 
 
+def test_callbacks_are_stretched_with_the_run(in_a_folder_of_its_own, monkeypatch):
+    """What a callback did at the end of a run in its place: averages, widths, and a warning."""
+    seen, warned = [], []
+    monkeypatch.setattr("lightning_mmd.ladder.rank_zero_warn", warned.append)
+
+    class Strange(Callback):
+        def on_train_end(self, trainer, pl_module):
+            average, width = trainer.callbacks[:2]
+            seen.append((average.half_life, width.num_steps, width.factor(trainer.global_step)))
+
+    class Built:
+        """A command line whose trainer has further callbacks."""
+
+        def __init__(self, overrides):
+            cli = HalvingCLI(["--config=toy.yaml", *overrides], "halving", "")
+            schedule = BandwidthSchedule(initial=4.0, num_steps=6)
+            cli.trainer.callbacks[:0] = [GeneratorEMA(half_life=3), schedule, Strange()]
+            cli.trainer.callbacks.append(ConvergenceMonitor())
+            vars(self).update(vars(cli))
+
+    width = pytest.approx(4 ** (2 / 3))  # a third of the way
+    climb(Built(["--trainer.max_steps=2"]), Built)
+    assert [text for text in warned if "Strange may count steps" in text] == warned
+    assert len(warned) == 2  # of the shorter runs
+    assert seen == [(3, 6, width), (6, 12, width), (12, 24, width)]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--model.automatic_damping=true"], "chooses them by itself"),
         (["--num_halvings=1"], "num_halvings >= 2"),
         (["--trainer.callbacks=null"], "add an MMDTracker"),
         (["--trainer.max_steps=-1"], "needs an end to double"),
