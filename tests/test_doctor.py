@@ -121,7 +121,7 @@ def test_the_command_examines_the_model_of_a_configuration(tmp_path, monkeypatch
     assert "all is well" in out
     assert "critic's solved weights: " in out
     assert list(tmp_path.iterdir()) == [tmp_path / "digits.yaml"]
-    (tmp_path / "mynets.py").write_text(
+    (tmp_path / "batchnets.py").write_text(
         "from torch import nn\n\n\n"
         "class Batch(nn.Sequential):\n"
         "    def __init__(self):\n"
@@ -130,6 +130,6 @@ def test_the_command_examines_the_model_of_a_configuration(tmp_path, monkeypatch
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        main(["doctor", "--config=digits.yaml", "--model.generator=mynets.Batch"])
+        main(["doctor", "--config=digits.yaml", "--model.generator=batchnets.Batch"])
     assert exit_.value.code == 1
     assert "generator.1 (BatchNorm1d)" in capsys.readouterr().out
