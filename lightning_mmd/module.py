@@ -1,9 +1,10 @@
 """The LightningModule that trains a generator against a regularised kernel critic."""
 
 import copy
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any, Literal, cast, get_args
@@ -430,20 +431,24 @@ class MMDGAN(LightningModule):
         # The features ascend <w, delta> - alpha/2 ||L f||^2, whose gradient holds w (envelope).
         def descent_on_fake(fake: MeanEmbedding, part: slice) -> Tensor:
             slope = (fake.witness_gradient(w) * solution.tangents[part]).sum()
-            return self._gradient(w @ fake.local_mean + self.alpha * slope, features)
+            descent = w @ fake.local_mean + self.alpha * slope
+            return _flat(_filled(self._gradient(descent, features), features.values()))
 
         def descent_on_real(real: MeanEmbedding, _: slice) -> Tensor:
-            return self._gradient(-w @ real.local_mean, features)
+            descent = -w @ real.local_mean
+            return _flat(_filled(self._gradient(descent, features), features.values()))
 
-        features_gradient = embedding.average(descent_on_fake) + target.average(descent_on_real)
+        features_gradient = w.new_zeros(0)
+        if features:
+            features_gradient = embedding.average(descent_on_fake) + target.average(descent_on_real)
         if not features_gradient.isfinite().all():
             raise self._diverged("the gradient of the critic")
         if moves_generator:  # before the features: the certificate is about those of the solution
             metrics |= self._descend(solution, embedding, target.mean)
         critic.weights.data.copy_(w)
         if features:
-            norm = self._move(1, features.values(), features_gradient)
-            metrics["critic/gradient_norm"] = norm
+            gradient = _parts(features_gradient, features.values())
+            metrics["critic/gradient_norm"] = self._move(1, features.values(), gradient)
         return metrics
 
     def _descent_direction(
@@ -486,7 +491,7 @@ class MMDGAN(LightningModule):
         step_size = trust * self._optimizer(0).param_groups[0]["lr"]
         before = [p.clone() for p in parameters] if self.damping else []
         direction = self._descent_direction(solution, embedding)
-        norm = self._move(0, parameters, -direction, trust)
+        norm = self._move(0, parameters, _parts(-direction, parameters), trust)
         model_mean = self._mean_over_processes(embedding.mean_at(self._generator_parameters))
         energy = solution.mmd2 / 2
         realised = (target_mean - model_mean).square().sum() / 2 - energy
@@ -543,11 +548,11 @@ class MMDGAN(LightningModule):
         gap = real_mean - share * fake_mean - (1 - share) * plain_mean
         rkhs = rkhs_norm_penalty(self.critic) if self.beta else gap.new_zeros(())
         self._check_finite(gap - strength * penalty - self.beta / 2 * rkhs, real)
-        gradient = sum(gradients, start=self._gradient(self.beta / 2 * rkhs, critic))
+        gradients += (self._gradient(self.beta / 2 * rkhs, critic),)
         if len(penalised):
             self._last_penalty = penalty
         metrics = self._metrics(gap, self._last_penalty.to(gap.device), rkhs)
-        metrics["critic/gradient_norm"] = self._move(1, critic.values(), gradient)
+        metrics["critic/gradient_norm"] = self._move(1, critic.values(), _sum(gradients))
         if moves_generator:
             fresh = self.sample_latents(num)
 
@@ -587,19 +592,19 @@ class MMDGAN(LightningModule):
         num: int,
         batch_size: int,
         parameters: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Average terms over micro-batches, one in memory, and the gradient of their weighted sum.
 
-        Returns the terms and a flat gradient, both of this process and without a graph.
+        Returns the terms and the gradient in each parameter, of this process, without a graph.
         """
-        example = next(iter(parameters.values()))
-        terms = example.new_zeros(len(weights))
-        gradient = example.new_zeros(sum(p.numel() for p in parameters.values()))
+        terms = next(iter(parameters.values())).new_zeros(len(weights))
+        gradient: list[Tensor | None] = [None] * len(parameters)
         for part in self._micro_batches(num, batch_size):
             values = torch.stack(evaluate(part)).to(terms.dtype) * (len(part) / num)
-            gradient += self._gradient(values @ values.new_tensor(weights), parameters)
+            loss = values @ values.new_tensor(weights)
+            gradient = _sum([gradient, self._gradient(loss, parameters)])
             terms += values.detach()
-            del values  # and its graph, before the next is made
+            del values, loss  # and their graph, before the next is made
         return terms, gradient
 
     def _penalised_critic(self, z: Tensor, reduce: Callable[[Tensor], Tensor]) -> PenalisedCritic:
@@ -654,20 +659,18 @@ class MMDGAN(LightningModule):
             "critic/rkhs_penalty": rkhs_penalty.detach(),
         } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
 
-    def _gradient(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def _gradient(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Return the gradient in each parameter, None where the loss does not depend on it."""
         if not (parameters and loss.requires_grad):
-            return loss.new_zeros(sum(p.numel() for p in parameters.values()))
+            return [None] * len(parameters)
         with full_precision(self.device):  # the reverse pass of a penalty obeys autocast too
-            gradients = torch.autograd.grad(
-                loss, list(parameters.values()), materialize_grads=True, allow_unused=True
-            )
-        return torch.cat([gradient.reshape(-1) for gradient in gradients])
+            return list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
 
     def _move(
         self,
         index: int,
         parameters: Iterable[Tensor],
-        gradient: Tensor,
+        gradient: Sequence[Tensor | None],
         scale: float = 1.0,
     ) -> Tensor:
         """Average a gradient over processes, clip, scale, and step one optimizer and its scheduler.
@@ -676,20 +679,22 @@ class MMDGAN(LightningModule):
         by a reducer's hooks: that is what makes plain ``strategy="ddp"`` work with two networks.
         Returns the gradient's norm before clipping and scaling.
         """
-        if index == 1 or self.critic_mode == "adversarial":  # L f in closed form is global already
-            gradient = self._mean_over_processes(gradient)
+        parameters = list(parameters)
+        parts = _own(_filled(gradient, parameters))
+        local = index == 1 or self.critic_mode == "adversarial"  # L f in closed form is global
+        if local and self.trainer.world_size > 1:
+            parts = _parts(self._mean_over_processes(_flat(parts)), parameters)
         if index == 0 and self.penalty_estimator == "lagged":
-            self._lagged_direction = -gradient
-        norm = gradient.norm()
+            self._lagged_direction = -_flat(parts)
+        norm = torch.stack([part.norm() for part in parts]).norm()
         if not norm.isfinite():
             raise self._diverged(f"the gradient of the {('generator', 'critic')[index]}")
         limit = (self.generator_clip_norm, self.critic_clip_norm)[index]
-        if limit is not None:
-            gradient = gradient * (limit / norm).clamp(max=1.0)
-        gradient = gradient * scale
-        parameters = list(parameters)
-        for p, g in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-            p.grad = g.view_as(p)
+        if limit is not None or scale != 1:
+            factor = scale * (1.0 if limit is None else (limit / norm).clamp(max=1.0))
+            parts = [part * factor for part in parts]
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part
         optimizer = self._optimizer(index)
         if index == 0:
             self.cumulative_lr += scale * optimizer.param_groups[0]["lr"]
@@ -923,6 +928,43 @@ def _fast_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def _no_op() -> None:
     pass
+
+
+def _flat(gradient: Sequence[Tensor]) -> Tensor:
+    """Return a gradient's parts as one vector."""
+    return torch.cat([part.reshape(-1) for part in gradient])
+
+
+def _parts(vector: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return a vector's parts in the shapes of parameters."""
+    parameters = list(parameters)
+    parts = vector.split([p.numel() for p in parameters])
+    return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+
+def _sum(gradients: Iterable[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Add gradients part by part; None is zero."""
+    present = (
+        [part for part in parts if part is not None] for parts in zip(*gradients, strict=True)
+    )
+    return [functools.reduce(torch.add, parts) if parts else None for parts in present]
+
+
+def _filled(gradient: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Replace None by zeros."""
+    pairs = zip(gradient, parameters, strict=True)
+    return [torch.zeros_like(p) if part is None else part for part, p in pairs]
+
+
+def _own(gradient: Iterable[Tensor]) -> list[Tensor]:
+    """Give each part memory of its own: autograd may return one tensor for two parameters."""
+    own: dict[int, Tensor] = {}
+    parts = []
+    for part in gradient:
+        shared = part.data_ptr() in own or not part.is_contiguous()
+        parts.append(part.clone(memory_format=torch.contiguous_format) if shared else part)
+        own[part.data_ptr()] = part
+    return parts
 
 
 def _plain_name(name: str) -> str:
