@@ -62,7 +62,7 @@ def decay(num_updates: int) -> dict[str, Any]:
 
 def methods(data: str) -> dict[str, tuple[str, dict[str, Any], int]]:
     """Return configuration, options and number of updates by the name of a method."""
-    short, long = {"digits": (100, 600), "mnist": (60, 300)}[data]
+    short, long = {"digits": (50, 600), "mnist": (60, 300)}[data]
     flow = {"beta": 0.01, "eta": 0.5, "generator_scheduler": decay(short)}
     ours, adversary = f"{data}.yaml", f"{data}_adversarial.yaml"
 

@@ -149,7 +149,7 @@ def flops(arguments: dict[str, Any]) -> float:
 def main(
     num_updates: Mapping[str, int] = UPDATES,
     mixture_seeds: int = 10,
-    digits_seeds: int = 3,
+    digits_seeds: int = 10,
     num_batches: int = 400,
     methods: Sequence[str] = tuple(METHODS),
     output: Path = RESULTS,

@@ -204,7 +204,7 @@ def main(
         starts = [
             warm_start(learned, fresh, eta, num_features, num_updates, 4 * batch_size)
             for learned in (False, True)
-            for fresh, eta in ((True, 0.4), (False, 0.1))
+            for fresh, eta in ((True, 0.4), (False, 0.1), (False, 0.02))
         ]
     save_table(starts, directory / "warm_start.csv")
     return {"costs": costs, "starts": starts}

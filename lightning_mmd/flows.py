@@ -7,6 +7,7 @@ log, stop and save where it pleases. A state holds all that is needed to go on: 
 """
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased
-from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule, hessian_constant
+from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule, PlateauNoise, hessian_constant
 from lightning_mmd.pushforward import trainable_parameters
 from lightning_mmd.witness import (
     KernelWitness,
@@ -47,6 +48,7 @@ class PointState:
         mmd2: Biased MMD^2 of target and particles, twice the energy that the flow descends.
         noise: Level of the noise in the step that led here, 0 at the start.
         rng_state: State of the generator of the noise, None without noise.
+        memory: What `PlateauNoise` has seen so far, None for other noise.
     """
 
     particles: Tensor
@@ -55,6 +57,7 @@ class PointState:
     mmd2: float
     noise: float
     rng_state: Tensor | None
+    memory: tuple[float, float, float] | None = None
 
 
 def point_flow(
@@ -64,7 +67,7 @@ def point_flow(
     *,
     step_size: float,
     num_steps: int,
-    noise: NoiseSchedule | AdaptiveNoise | None = None,
+    noise: NoiseSchedule | AdaptiveNoise | PlateauNoise | None = None,
     rng: torch.Generator | None = None,
 ) -> Iterator[PointState]:
     r"""Move particles along the MMD flow, with noise injection if asked for.
@@ -124,6 +127,13 @@ def point_flow(
             "this state comes from a flow without noise and has no random state. Start from its "
             "particles, with a rng."
         )
+    if isinstance(noise, PlateauNoise) and initial.memory is None:
+        if initial.step > 0:
+            raise ValueError(
+                "this state comes from a flow with other noise, which PlateauNoise cannot take "
+                "over. Start from its particles, with a rng."
+            )
+        initial = dataclasses.replace(initial, memory=noise.begin(initial.mmd2))
     return _point_flow(initial, target, kernel, step_size, num_steps, noise)
 
 
@@ -133,11 +143,11 @@ def _point_flow(
     kernel: Kernel,
     step_size: float,
     num_steps: int,
-    noise: NoiseSchedule | AdaptiveNoise | None,
+    noise: NoiseSchedule | AdaptiveNoise | PlateauNoise | None,
 ) -> Iterator[PointState]:
     yield state
     for _ in range(num_steps):
-        y, rng_state, level, u = state.particles, state.rng_state, 0.0, 0.0
+        y, rng_state, memory, level, u = state.particles, state.rng_state, state.memory, 0.0, 0.0
         witness = KernelWitness(target, y, kernel)
         if noise is not None and rng_state is not None:
             rng = torch.Generator(y.device)
@@ -146,16 +156,22 @@ def _point_flow(
             rng_state = rng.get_state()
             if isinstance(noise, AdaptiveNoise):
                 level = _adapted_level(noise, state, witness, kernel, u)
+            elif isinstance(noise, PlateauNoise):
+                level = memory[0] if memory else 0.0
             else:
                 level = noise.level(state.step)
         y = y + step_size * witness.gradient(y + level * u)
+        step, mmd2 = state.step + 1, float(mmd2_biased(target, y, kernel))
+        if isinstance(noise, PlateauNoise) and memory is not None:
+            memory = noise.advance(memory, step, mmd2)
         state = PointState(
             particles=y,
-            step=state.step + 1,
+            step=step,
             time=state.time + step_size,
-            mmd2=float(mmd2_biased(target, y, kernel)),
+            mmd2=mmd2,
             noise=level,
             rng_state=rng_state,
+            memory=memory,
         )
         yield state
 

@@ -27,6 +27,7 @@ __all__ = [
     "GeometricNoise",
     "HalvingNoise",
     "NoiseSchedule",
+    "PlateauNoise",
     "hessian_constant",
     "negative_sobolev_distance",
 ]
@@ -226,6 +227,85 @@ class AdaptiveNoise:
             middle = 0.5 * (low + high)
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+
+@dataclass(frozen=True)
+class PlateauNoise:
+    r"""A level that falls whenever the flow has come to rest at it.
+
+    Noise of level beta lets particles follow a witness that is smoothed over the distance beta: it
+    sees far, and rests where the smoothed gradient vanishes. So the level starts at the size of the
+    data and is lowered by a factor each time that MMD^2 of the particles without noise, averaged
+    over a window of steps, has fallen by less than a share since the window before. A schedule
+    fixed beforehand must guess how long a level is of use; this one measures it. It is no bound:
+    at a large level MMD^2 may rise. For a level with a guarantee see `AdaptiveNoise`, which is far
+    smaller and does not leave a place where the gradient vanishes.
+
+    Args:
+        initial: Level at step 0, > 0, in the units of the samples: about the distance between the
+            furthest modes, or what `median_bandwidth` returns.
+        window: Steps over which MMD^2 is averaged, >= 1.
+        tolerance: Least relative decrease of that average at which the level is kept, in (0, 1).
+        ratio: Factor on the level otherwise, in (0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Ours; noise injection is that of Arbel et al. 2019, arXiv 1906.04370.
+
+    Example:
+        >>> noise = PlateauNoise(initial=1.0, window=2, ratio=0.5)
+        >>> memory = noise.begin(mmd2=8.0)
+        >>> for step, mmd2 in enumerate([8.0, 4.0, 4.0, 2.0, 3.0, 3.0], start=1):
+        ...     memory = noise.advance(memory, step, mmd2)
+        >>> memory[0]  # window averages 6, 3 and 3: the last brought nothing
+        0.5
+    """
+
+    initial: float
+    window: int = 50
+    tolerance: float = 0.05
+    ratio: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not (
+            0 < self.initial < math.inf
+            and self.window >= 1
+            and 0 < self.tolerance < 1
+            and 0 < self.ratio < 1
+        ):
+            raise ValueError(
+                "PlateauNoise needs a finite initial level > 0, window >= 1, tolerance and ratio "
+                f"in (0, 1), got {self}."
+            )
+
+    def begin(self, mmd2: float) -> tuple[float, float, float]:
+        """Return the memory before the first step: level, last average, and sum of this window.
+
+        Args:
+            mmd2: MMD^2 at the start.
+        """
+        return self.initial, mmd2, 0.0
+
+    def advance(
+        self, memory: tuple[float, float, float], step: int, mmd2: float
+    ) -> tuple[float, float, float]:
+        """Return the memory after a step; its first entry is the level of the next one.
+
+        Args:
+            memory: That before the step.
+            step: Number of steps made, this one included.
+            mmd2: MMD^2 after the step.
+        """
+        level, reference, total = memory
+        total += mmd2
+        if step % self.window:
+            return level, reference, total
+        average = total / self.window
+        if average > (1 - self.tolerance) * reference:
+            level *= self.ratio
+        return level, average, 0.0
 
 
 def hessian_constant(kernel: Kernel) -> float:

@@ -103,12 +103,14 @@ def judge(
     * one critic step changes the critic by ``restless`` or more, in the median, while MMD^2 is
       above twice the floor and a tenth of its start, and does not fall by half within a quarter of
       the run: too strong, its steps overshoot;
-    * it changes by less than ``idle``, its scale has not trebled since the start and MMD^2 has not
-      halved: too weak, it never learned what tells samples from data;
+    * the critic changes by less than ``idle`` a step, its scale has not trebled since the start and
+      MMD^2 has not halved: too weak, it never learned what tells samples from data;
+    * MMD^2 is above twice the floor and swings forth and back at least three times, without having
+      fallen to a third of its start, and samples have not been a fifth of ``collapse`` apart
+      throughout: cycling, be it with samples that have come together for the moment;
     * samples are less than ``collapse`` as far apart as data are: collapsed;
     * MMD^2 is within twice the floor: converged;
     * it fell to a third of its start and does not rise, or is falling: converging;
-    * it swings forth and back at least three times: cycling;
     * none of these: undecided.
 
     Args:
@@ -163,6 +165,19 @@ def judge(
             "critic too weak",
             f"its values vary {growth:.2g} times as much as at the start; {level}",
         )
+    turns = swings(mmd2[half // 2 :], noise=2 * floor)
+    fell = now <= start / 3 and now <= 1.5 * before + floor
+    most = sorted(traces.diversity[half:])[-1 - len(traces.diversity[half:]) // 10]
+    if turns >= 3 and now > 2 * floor and not fell and not most < collapse / 5:
+        span = traces.steps[-1] - traces.steps[half // 2]
+        rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
+        updates = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
+        turned = swings(traces.projection[half // 2 :])
+        return _verdict(
+            "cycling",
+            f"MMD^2 returns about every {2 * span / turns:.0f} updates{updates}, and the "
+            f"generator's parameters have turned {turned} times; {level}",
+        )
     diversity = _median(traces.diversity[-quarter:])
     if diversity < collapse:
         return _verdict(
@@ -170,17 +185,8 @@ def judge(
         )
     if now <= 2 * floor:
         return _verdict("converged", f"{level}, floor {floor:.2g}")
-    turns = swings(mmd2[half // 2 :], noise=2 * floor)
-    fell = now <= start / 3 and now <= 1.5 * before + floor
-    falls = now <= 0.8 * before and now < start and turns < 3
-    if fell or falls:
+    if fell or (now <= 0.8 * before and now < start):
         return _verdict("converging", level)
-    if turns >= 3:
-        span = traces.steps[-1] - traces.steps[half // 2]
-        period = f"about every {2 * span / turns:.0f} updates"
-        rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
-        updates = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
-        return _verdict("cycling", f"MMD^2 returns {period}{updates}; {level}")
     return _verdict("undecided", f"{level}, neither falling nor returning")
 
 

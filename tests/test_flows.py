@@ -22,7 +22,13 @@ from lightning_mmd.flows import (
 )
 from lightning_mmd.kernels import Gaussian, Kernel, Laplace, RationalQuadratic
 from lightning_mmd.mmd import mmd2_biased
-from lightning_mmd.noise import AdaptiveNoise, ConstantNoise, GeometricNoise, HalvingNoise
+from lightning_mmd.noise import (
+    AdaptiveNoise,
+    ConstantNoise,
+    GeometricNoise,
+    HalvingNoise,
+    PlateauNoise,
+)
 from lightning_mmd.witness import WitnessConvergenceWarning
 
 
@@ -136,7 +142,11 @@ def test_noise_of_level_zero_is_the_plain_flow() -> None:
     assert torch.equal(plain.particles, quiet.particles)
 
 
-@pytest.mark.parametrize("noise", [None, GeometricNoise(0.5, 0.9), AdaptiveNoise(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "noise",
+    [None, GeometricNoise(0.5, 0.9), AdaptiveNoise(1.0), PlateauNoise(0.5, window=2, ratio=0.5)],
+    ids=str,
+)
 def test_a_resumed_point_flow_is_the_uninterrupted_one(noise) -> None:
     x, y = two_blobs()
     source = None if noise is None else rng()
@@ -149,6 +159,25 @@ def test_a_resumed_point_flow_is_the_uninterrupted_one(noise) -> None:
     assert len(rest) == 6
     for a, b in zip(rest, whole[4:], strict=True):
         assert_same(a, b)
+
+
+def test_the_plateau_rule_lowers_the_level_only_where_the_flow_rests() -> None:
+    x, y = 0.3 * torch.randn(20, 2), 0.3 * torch.randn(20, 2) + 3.0
+    noise = PlateauNoise(2.0, window=10, tolerance=0.1, ratio=0.5)
+    flow = point_flow(y, x, Gaussian(), step_size=0.5, num_steps=200, noise=noise, rng=rng())
+    states = list(flow)
+    reference, level = states[0].mmd2, 2.0
+    for begin in range(0, 200, 10):
+        assert {state.noise for state in states[begin + 1 : begin + 11]} == {level}
+        average = sum(state.mmd2 for state in states[begin + 1 : begin + 11]) / 10
+        level *= 0.5 if average > 0.9 * reference else 1.0
+        reference = average
+    assert 2.0 * 0.5**15 < states[-1].noise < 1.0  # it fell, and was kept at times
+    assert states[-1].mmd2 < 0.05 * states[0].mmd2
+    other = ConstantNoise(1.0)
+    half = last(point_flow(y, x, Gaussian(), step_size=0.5, num_steps=3, noise=other, rng=rng()))
+    with pytest.raises(ValueError, match="other noise"):
+        point_flow(half, x, Gaussian(), step_size=0.5, num_steps=3, noise=noise)
 
 
 def test_states_are_not_changed_by_later_steps() -> None:

@@ -25,6 +25,7 @@ from lightning_mmd.noise import (
     GeometricNoise,
     HalvingNoise,
     NoiseSchedule,
+    PlateauNoise,
     hessian_constant,
     negative_sobolev_distance,
 )
@@ -75,6 +76,10 @@ def test_levels(schedule: NoiseSchedule, expected: list[float]) -> None:
         (lambda: GeometricNoise(1.0, ratio=1.5), r"ratio in \(0, 1\]"),
         (lambda: AdaptiveNoise(0.0), "largest > 0"),
         (lambda: AdaptiveNoise(1.0, ratio=1.0), r"ratio in \(0, 1\)"),
+        (lambda: PlateauNoise(0.0), "initial level > 0"),
+        (lambda: PlateauNoise(1.0, window=0), "window >= 1"),
+        (lambda: PlateauNoise(1.0, tolerance=1.0), r"tolerance and ratio in \(0, 1\)"),
+        (lambda: PlateauNoise(1.0, ratio=0.0), r"tolerance and ratio in \(0, 1\)"),
     ],
 )
 def test_levels_out_of_range_are_refused(build, message: str) -> None:

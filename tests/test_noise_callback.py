@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mmd import MMDGAN, InstanceNoise, LearnedKernelCritic, NoiseInjection
 from lightning_mmd.callbacks.foreign import counter_seed
-from lightning_mmd.noise import AdaptiveNoise, ConstantNoise, HalvingNoise
+from lightning_mmd.noise import AdaptiveNoise, ConstantNoise, HalvingNoise, PlateauNoise
 
 BATCH, LEVEL = 8, 0.7
 NAMES = {
@@ -421,3 +421,9 @@ def test_the_generators_optimizer_must_be_known():
 def test_instance_noise_takes_no_adaptive_schedule():
     with pytest.raises(TypeError, match="got AdaptiveNoise"):
         InstanceNoise(AdaptiveNoise(1.0))
+
+
+@pytest.mark.parametrize("kind", [NoiseInjection, InstanceNoise])
+def test_noise_that_follows_mmd2_is_for_point_flows(kind):
+    with pytest.raises(TypeError, match="got PlateauNoise"):
+        kind(PlateauNoise(1.0))

@@ -48,7 +48,8 @@ GROWN = [1.0] + 39 * [5.0]
         ("cycling", RING, {"critic_change": 0.05, "critic_scale": GROWN}),
         ("converging", FALLING, {"critic_change": 0.05}),
         ("collapsed", STUCK, {"diversity": 0.1}),
-        ("collapsed", RING, {"diversity": 0.1}),
+        ("cycling", RING, {"diversity": 0.1}),  # a collapse that moves
+        ("collapsed", RING, {"diversity": 0.03}),
         ("collapsed", FALLING, {"diversity": 0.1}),
         ("undecided", STUCK, {"diversity": 0.3}),
         ("cycling", RING, {"critic_change": math.nan, "critic_scale": math.nan}),
@@ -85,6 +86,8 @@ def test_a_verdict_says_why_and_what_to_do():
     verdict = judge(traces(RING), FLOOR)
     assert str(verdict).startswith("cycling: MMD^2 returns about every")
     assert "Raise alpha" in str(verdict)
+    turning = judge(traces(RING, projection=RING), FLOOR)
+    assert f"have turned {swings(RING[10:])} times" in turning.reason
     assert [n for n in VERDICTS if n in ("cycling", "collapsed")] == list(VERDICTS[3:5])
     assert verdict.is_alarm
     assert not judge(traces(FALLEN), FLOOR).is_alarm

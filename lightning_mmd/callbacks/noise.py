@@ -29,6 +29,12 @@ class _Noise(Callback, ABC):
     def __init__(
         self, schedule: NoiseSchedule | AdaptiveNoise, generator: str, critic: str, seed: int
     ) -> None:
+        if not isinstance(schedule, NoiseSchedule | AdaptiveNoise):
+            raise TypeError(
+                f"{type(self).__name__} needs a NoiseSchedule, such as HalvingNoise, or "
+                f"AdaptiveNoise, got {type(schedule).__name__}. (PlateauNoise is for point_flow, "
+                "which measures MMD^2 at every step.)"
+            )
         self.schedule = schedule
         self.generator = generator
         self.critic = critic
