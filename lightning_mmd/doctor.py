@@ -18,10 +18,13 @@ from torch.utils.data import Dataset
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.data import SampleDataModule, TensorSamples
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.rates import largest_gramian_eigenvalue, max_stable_critic_lr
 from lightning_mmd.versions import find_versions
+from lightning_mmd.witness import MeanEmbedding
 
 __all__ = [
     "Parity",
+    "advise",
     "check_parity",
     "describe_devices",
     "examine",
@@ -61,6 +64,7 @@ def examine(model: MMDGAN | None = None) -> bool:
             print(f"  {name}: {error:.2g}{'' if error <= _TOLERANCE else '  FAILS'}")
         if not all(error <= _TOLERANCE for _, error in rows):
             problems += _explain(model)
+        print("\n".join(advise(model)))
     for problem in problems:
         print(f"problem: {problem}")
     print("something is wrong" if problems else "all is well")
@@ -78,6 +82,38 @@ def _explain(model: MMDGAN) -> list[str]:
     return found or [
         "gradients depend on how a batch is shared out, and no layer explains it. Look for "
         "statistics of the batch or random numbers in the networks' own forward methods."
+    ]
+
+
+def advise(model: MMDGAN, num_latents: int = 256) -> list[str]:
+    r"""Say what the generator's parametric Gramian means for learning rates, at its weights now.
+
+    Gradient ascent on the weights of f = <w, phi> is stable for rates below
+    :math:`2 / (\alpha\lambda_{max}(JJ^T) + \beta)`, and the witness in closed form damps what has
+    eigenvalues below beta / alpha.
+
+    Args:
+        model: The user's; it is not changed.
+        num_latents: Latents that the Gramian is estimated with.
+
+    Returns:
+        Lines to print; one alone where the critic has no feature map.
+
+    Source:
+        See `max_stable_critic_lr` and `largest_gramian_eigenvalue`.
+    """
+    critic = getattr(model.critic, "_orig_mod", model.critic)
+    if not isinstance(critic, LearnedKernelCritic):
+        return ["advice on learning rates needs a LearnedKernelCritic"]
+    critic, generator = copy.deepcopy(critic), copy.deepcopy(model.generator)
+    z = model.fixed_latents(num_latents)
+    embedding = MeanEmbedding(critic.feature_map(), generator, z)
+    eigenvalue = largest_gramian_eigenvalue(embedding)
+    bound = max_stable_critic_lr(model.alpha, model.beta, eigenvalue)
+    return [
+        f"largest eigenvalue of the parametric Gramian, at these weights: {eigenvalue:.3g}",
+        "gradient ascent on the critic's weights (plain SGD) is stable below a learning rate of "
+        f"2 / (alpha * {eigenvalue:.3g} + beta) = {bound:.3g}; half of it is fastest",
     ]
 
 

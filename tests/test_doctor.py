@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_mmd import MMDGAN, LearnedKernelCritic, RandomFourierFeatures
 from lightning_mmd.cli import main
-from lightning_mmd.doctor import check_parity, examine, suspicious_layers
+from lightning_mmd.doctor import advise, check_parity, examine, suspicious_layers
 from lightning_mmd.kernels import Gaussian
 from lightning_mmd.networks import ConvGenerator, MLPFeatures, MLPGenerator
 
@@ -24,7 +24,8 @@ class Normalised(nn.Module):
 def make(kind="closed_form", generator=None, critic=None, **kwargs):
     critic = critic or LearnedKernelCritic(MLPFeatures(2, 12, (16,)), 12)
     generator = generator or MLPGenerator(2, 3, (16,))
-    return MMDGAN(generator, critic, latent_dim=3, beta=0.1, critic_mode=kind, **kwargs)
+    kwargs = {"beta": 0.1} | kwargs
+    return MMDGAN(generator, critic, latent_dim=3, critic_mode=kind, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,33 @@ def test_layers_of_our_own_networks_are_above_suspicion():
     assert max(row.error for row in rows) < 1e-11
 
 
+def test_advice_is_the_stability_bound_of_the_models_own_critic():
+    model = make("adversarial", alpha=3.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lines = advise(model)
+    z, features = model.fixed_latents(256), model.critic.feature_map()
+    parameters = {name: p.detach() for name, p in model.generator.named_parameters()}
+
+    def embedding(theta):
+        return features(torch.func.functional_call(model.generator, theta, (z,))).mean(0)
+
+    jacobian = torch.cat(
+        [part.flatten(1) for part in torch.func.jacrev(embedding)(parameters).values()], 1
+    )
+    jacobian = jacobian.detach()
+    top = float(torch.linalg.eigvalsh(jacobian @ jacobian.T)[-1])
+    told = float(lines[1].split(" = ")[1].split(";")[0])
+    assert told == pytest.approx(2 / (3.0 * top + 0.1), rel=0.02)
+    # It is a bound: plain ascent settles below it and explodes above it.
+    for rate, settles in ((0.9 * told, True), (1.2 * told, False)):
+        w = torch.ones(len(jacobian))
+        for _ in range(400):
+            w = w - rate * (3.0 * jacobian @ (jacobian.T @ w) + 0.1 * w)
+        assert bool(w.norm() < 1) == settles
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "LearnedKernelCritic" in advise(make("adversarial", critic=nn.Linear(2, 1), beta=0.0))[0]
+
+
 def test_the_command_examines_the_model_of_a_configuration(tmp_path, monkeypatch, capsys):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
@@ -119,6 +147,7 @@ def test_the_command_examines_the_model_of_a_configuration(tmp_path, monkeypatch
     main(["doctor", "--config=digits.yaml"])
     out = capsys.readouterr().out
     assert "all is well" in out
+    assert "stable below a learning rate" in out
     assert "critic's solved weights: " in out
     assert list(tmp_path.iterdir()) == [tmp_path / "digits.yaml"]
     (tmp_path / "batchnets.py").write_text(
