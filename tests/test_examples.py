@@ -1,11 +1,15 @@
 """Every example runs, with few steps, and the README's Python does what it says."""
 
 import importlib.util
+import itertools
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from lightning_mmd.noise import ConstantNoise, GeometricNoise, PlateauNoise
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,3 +176,99 @@ def test_the_games_of_the_mixture_are_independent_and_alpha_is_a_unit(monkeypatc
     assert single.curve[0] - single.curve[-1] > 1e-3  # the games have begun
     assert example.num_rebounds([1.0, 0.1, 0.12, 1.0, 0.9, 0.1, 0.2]) == 2
     assert example.num_rebounds([1.0, 0.5, 0.1, 0.11, 0.05]) == 0
+
+
+def test_noise_frees_a_point_flow_that_is_stuck(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    example = load(ROOT / "examples/point_flow.py")
+    few = {"geometric": GeometricNoise(2.0, 0.99), "constant": ConstantNoise(1.0, 300)}
+    monkeypatch.setattr(example, "hand_tuned", lambda _: few)
+    monkeypatch.setattr(example, "plateau", lambda _: PlateauNoise(2.0, window=20))
+    tables = example.main(seeds=2, num_steps=500, num_particles=40, directory=tmp_path)
+    ends = {row["noise"]: row["mmd2_median"] for row in tables["schedules"]}
+    assert ends["no noise"] > 0.01
+    assert ends["AdaptiveNoise"] > 0.5 * ends["no noise"]  # its level is bounded by the kernel's
+    assert 0 < ends["PlateauNoise"] < 0.5 * ends["no noise"]
+    modes = {(row["noise"], row["seed"]): row["modes"] for row in tables["ends"]}
+    assert all(modes["PlateauNoise", seed] > modes["no noise", seed] for seed in (0, 1))
+    assert all(0 <= row["stuck"] <= 1 + 1e-6 for row in tables["ends"])
+    assert (tmp_path / "results/point_flow.csv").read_text().count("\n") == 6
+    assert (tmp_path / "figures/point_flow.png").stat().st_size > 10_000
+
+
+def test_the_grid_of_the_point_flow_is_what_its_names_say():
+    grid = load(ROOT / "examples/point_flow.py").hand_tuned(1000)
+    assert len(grid) == 36
+    assert grid["constant 0.5 until 250"].level(249) == 0.5
+    assert grid["constant 0.5 until 250"].level(250) == 0.0
+    assert grid["2.0 halved every 50"].level(999) == 2.0**-18
+    assert grid["geometric 2.0 to 0.1 of it"].level(1000) == pytest.approx(0.2)
+
+
+def test_a_shrinking_bandwidth_is_faster_than_a_fixed_one(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    example = load(ROOT / "examples/bandwidth_annealing.py")
+    monkeypatch.setattr(example, "FIXED", (0.5, 1.5, 3.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = example.main(
+            seeds=1, num_steps=300, num_updates=4, num_particles=48, directory=tmp_path
+        )
+    points = {row["bandwidth"]: row for row in rows if row["training"] == "points"}
+    best = min(points[width]["w2_median"] for width in ("0.5", "1.5", "3"))
+    assert points["3 to 0.1"]["w2_median"] < best / 2
+    assert points["3 to 0.1"]["steps_to_best_fixed"] <= 200
+    generator = [row for row in rows if row["training"] == "generator"]
+    assert [row["bandwidth"] for row in generator] == ["0.5", "1.5", "3", "3 to 0.35"]
+    assert len({row["w2_median"] for row in generator}) == 4
+    x, y = torch.randn(6, 2), torch.randn(6, 2)
+    by_hand = min(
+        (x - y[list(order)]).square().sum(1).mean() for order in itertools.permutations(range(6))
+    )
+    assert example.w2(x, y) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_a_students_step_is_the_gradients_at_noisy_weights(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    torch.set_default_dtype(torch.float64)
+    example = load(ROOT / "examples/student_teacher.py")
+    game = example.Game(0, example.Sizes(5, 7, 9, 20, 20, 1, learning_rate=0.2))
+    x, y = game.inputs[0], game.outputs[0]
+    leaves = [w.clone().requires_grad_() for w in game.weights]
+    energy = (y - example.particles(x, leaves).mean(1)).square().mean() / 2
+    assert game.energy(held_out=False) == pytest.approx(energy.item(), rel=1e-12)
+    gradients = torch.autograd.grad(7 / 2 * energy, leaves)  # m / 2 times that of F
+    with torch.no_grad():
+        game.step(x, y, 0.0)
+    for before, now, gradient in zip(leaves, game.weights, gradients, strict=True):
+        torch.testing.assert_close(now, before - 0.2 * gradient, rtol=1e-12, atol=1e-14)
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(example, "SCALED", example.Sizes(10, 40, 40, 400, 20, 30, 1.0))
+    noisy, plain = example.main(directory=tmp_path)
+    assert noisy["F_start"] == plain["F_start"] > 0.1
+    assert 0 < noisy["F_end"] < 0.8 * noisy["F_start"]
+    assert plain["F_end"] != noisy["F_end"]
+    assert (tmp_path / "results/student_teacher.csv").read_text().count("\n") == 3
+    assert (tmp_path / "figures/student_teacher.png").stat().st_size > 5_000
+
+
+def test_a_students_noise_has_the_moments_of_noise_on_all_weights():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    noise = load(ROOT / "examples/student_teacher.py").Noise
+    hidden, slopes, num = torch.rand(2, 3) + 0.3, torch.randn(2, 4), 8_000
+
+    def naive():
+        v = torch.randn(4, 3)
+        return torch.cat([(hidden @ v.T).flatten(), (slopes @ v).flatten()])
+
+    def ours():
+        drawn = noise(hidden, 4)
+        return torch.cat([drawn.forward.flatten(), drawn.backward(slopes).flatten()])
+
+    a, b = (torch.stack([draw() for _ in range(num)]) for draw in (naive, ours))
+    expected, moments = a.T @ a / num, b.T @ b / num
+    scale = expected.diagonal().sqrt()
+    error = (2 / num) ** 0.5 * torch.outer(scale, scale)
+    assert float(((moments - expected) / error).abs().max()) < 5
+    assert float((b.mean(0) / scale).abs().max()) < 5 / num**0.5

@@ -1,0 +1,191 @@
+r"""Particles that follow the MMD flow get stuck; with noise injected they do not.
+
+    python examples/point_flow.py
+
+The experiment of Arbel et al. (arXiv 1906.04370) with targets that the plain flow misses: eight
+Gaussians on a ring, all particles at one of them, a kernel much narrower than the ring. Every
+schedule of a grid that a user might try plays against two that adapt: `AdaptiveNoise`, the largest
+level with a guaranteed descent, and `PlateauNoise`, which lowers the level where the flow rests and
+is started at the median distance of the target's points. All MMD^2 are biased, in the flow's own
+kernel, and thus at least 0.
+
+The column `stuck` gauges whether the plain flow could go on from the end: the regularised negative
+Sobolev distance as a share of the largest value that it can have, MMD / sqrt(epsilon). Where no
+particle feels a gradient it is 1.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from jsonargparse import auto_cli
+from reporting import new_figure, save_figure, save_table
+from torch import Tensor
+from witness_fields import centres, mixture, num_modes_found
+
+from lightning_mmd import Gaussian, median_bandwidth, point_flow
+from lightning_mmd.flows import PointState
+from lightning_mmd.noise import (
+    AdaptiveNoise,
+    ConstantNoise,
+    GeometricNoise,
+    HalvingNoise,
+    NoiseSchedule,
+    PlateauNoise,
+    negative_sobolev_distance,
+)
+
+Noise = NoiseSchedule | AdaptiveNoise | PlateauNoise | None
+KERNEL = Gaussian(0.4)
+STEP_SIZE = 1.0
+EPSILON = 1e-4
+PLAIN, GUARANTEED, PLATEAU = "no noise", "AdaptiveNoise", "PlateauNoise"
+
+
+def hand_tuned(num_steps: int) -> dict[str, Noise]:
+    """Schedules over which one would search: levels, and when they fall or end."""
+    grid: dict[str, Noise] = {}
+    for level in (0.25, 0.5, 1.0, 2.0):
+        for part in (0.25, 0.5, 0.75):
+            until = round(part * num_steps)
+            grid[f"constant {level} until {until}"] = ConstantNoise(level, until)
+        for number in (5, 10, 20):
+            every = max(1, num_steps // number)
+            grid[f"{level} halved every {every}"] = HalvingNoise(level, every)
+        for end in (1e-1, 1e-2, 1e-3):
+            grid[f"geometric {level} to {end} of it"] = GeometricNoise(
+                level, end ** (1 / num_steps)
+            )
+    return grid
+
+
+def start(seed: int, num_particles: int) -> tuple[Tensor, Tensor]:
+    """Return target and particles of a seed."""
+    torch.manual_seed(seed)
+    x = mixture(8, num_particles // 8)
+    return x, centres(1) + 0.15 * torch.randn_like(x)
+
+
+def play(seed: int, noise: Noise, num_steps: int, num_particles: int) -> Iterator[PointState]:
+    """Follow one flow."""
+    x, y = start(seed, num_particles)
+    rng = torch.Generator().manual_seed(seed)
+    return point_flow(y, x, KERNEL, step_size=STEP_SIZE, num_steps=num_steps, noise=noise, rng=rng)
+
+
+def plateau(num_particles: int) -> PlateauNoise:
+    """Return the rule with its defaults, started at the data's own size."""
+    x, _ = start(0, num_particles)
+    return PlateauNoise(median_bandwidth(x))
+
+
+def stuck(x: Tensor, y: Tensor, mmd2: float) -> float:
+    """Return the gauge: 1 where the plain flow rests."""
+    distance = negative_sobolev_distance(x, y, KERNEL, regulariser=EPSILON)
+    return distance * math.sqrt(EPSILON / mmd2)
+
+
+@dataclass
+class Result:
+    """What came of a schedule, by seed.
+
+    Args:
+        curves: MMD^2 of every state.
+        levels: Its noise.
+        ends: The last states.
+        cpu_seconds: Processor time.
+    """
+
+    curves: list[list[float]]
+    levels: list[list[float]]
+    ends: list[PointState]
+    cpu_seconds: float
+
+    @property
+    def finals(self) -> list[float]:
+        """The last MMD^2 of each seed."""
+        return [state.mmd2 for state in self.ends]
+
+
+def follow(noise: Noise, seeds: int, num_steps: int, num_particles: int) -> Result:
+    """Follow the flow of every seed to its end."""
+    begin = time.process_time()
+    flows = [list(play(seed, noise, num_steps, num_particles)) for seed in range(seeds)]
+    return Result(
+        curves=[[state.mmd2 for state in states] for states in flows],
+        levels=[[state.noise for state in states] for states in flows],
+        ends=[states[-1] for states in flows],
+        cpu_seconds=time.process_time() - begin,
+    )
+
+
+def draw(shown: dict[str, Result], num_particles: int, path: Path) -> None:
+    """Draw where the particles of seed 0 end, and every seed's curve and noise."""
+    figure = new_figure(3.1 * (len(shown) + 2), 3.1)
+    *panels, curve_axes, level_axes = figure.subplots(1, len(shown) + 2)
+    x, _ = start(0, num_particles)
+    for number, (axes, (name, result)) in enumerate(zip(panels, shown.items(), strict=True)):
+        axes.plot(*x.T, ".", color="0.75", ms=2)
+        axes.plot(*result.ends[0].particles.T, "o", color=f"C{number}", ms=2.5)
+        axes.set(title=name, xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
+        for seed, (curve, levels) in enumerate(zip(result.curves, result.levels, strict=True)):
+            style = {"color": f"C{number}", "lw": 0.9, "label": name if seed == 0 else None}
+            curve_axes.semilogy(curve, **style)
+            level_axes.semilogy(range(1, len(levels)), levels[1:], **style)
+    curve_axes.set(xlabel="steps", title="MMD$^2$")
+    level_axes.set(xlabel="steps", title="noise level", ylim=(1e-3, 5))
+    curve_axes.legend(fontsize=6, frameon=False)
+    for axes in (curve_axes, level_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def main(
+    seeds: int = 5,
+    num_steps: int = 1500,
+    num_particles: int = 160,
+    directory: Path = Path(__file__).parent,
+) -> dict[str, list[dict[str, object]]]:
+    """Play every schedule with every seed; print, save tables and figure; return the tables."""
+    torch.set_default_dtype(torch.float64)
+    adaptive: dict[str, Noise] = {
+        PLAIN: None,
+        GUARANTEED: AdaptiveNoise(largest=KERNEL.bandwidth),
+        PLATEAU: plateau(num_particles),
+    }
+    results = {
+        name: follow(noise, seeds, num_steps, num_particles)
+        for name, noise in (adaptive | hand_tuned(num_steps)).items()
+    }
+    table: list[dict[str, object]] = [
+        {
+            "noise": name,
+            "mmd2_median": median(result.finals),
+            "mmd2_min": min(result.finals),
+            "mmd2_max": max(result.finals),
+            "cpu_seconds": round(result.cpu_seconds, 1),
+        }
+        for name, result in results.items()
+    ]
+    best = min(results.keys() - adaptive, key=lambda name: median(results[name].finals))
+    shown = {name: results[name] for name in [*adaptive, best]}
+    ends = []
+    for name, result in shown.items():
+        for seed, state in enumerate(result.ends):
+            x, _ = start(seed, num_particles)
+            gauge = stuck(x, state.particles, state.mmd2)
+            found = num_modes_found(state.particles)
+            row = {"noise": name, "seed": seed, "mmd2": state.mmd2, "modes": found}
+            ends.append({**row, "stuck": gauge})
+    save_table(table, directory / "results/point_flow.csv")
+    save_table(ends, directory / "results/point_flow_ends.csv")
+    draw(shown, num_particles, directory / "figures/point_flow.png")
+    return {"schedules": table, "ends": ends}
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
