@@ -145,6 +145,7 @@ def draw(results: dict[str, dict[str, list[Run]]], path: Path) -> None:
                     values = [max(v, 1e-3) for v in run.mmd2[1:]]
                     axes.loglog(steps, values, color=colour, lw=0.9, alpha=0.8, label=label)
             axes.set(xlabel=unit, ylim=(1e-3, 5))
+            axes.tick_params(axis="x", which="minor", labelbottom=False)
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set(ylabel=f"{data}: MMD$^2$ to held-out data")
     grid[0][0].legend(fontsize=6)

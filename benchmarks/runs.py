@@ -96,7 +96,8 @@ def build(config: str, arguments: Sequence[str]) -> MMDCLI:
 
 def option(name: str, value: Any) -> str:
     """Return a command-line option; classes with arguments are nested dictionaries."""
-    return f"--{name}={json.dumps(value) if isinstance(value, (dict, list, bool)) else value}"
+    written = value is None or isinstance(value, (dict, list, bool))
+    return f"--{name}={json.dumps(value) if written else value}"
 
 
 def train(

@@ -294,7 +294,7 @@ def summarise(method: str, rows: Sequence[dict], seconds: float) -> dict[str, st
 def main(
     seeds: Sequence[int] = range(10),
     num_updates: int = 1000,
-    num_closed_updates: int = 60,
+    num_closed_updates: int = 90,
     num_held_out: int = 32768,
     methods: Sequence[str] = tuple(METHODS),
     directory: Path = Path(__file__).parent,

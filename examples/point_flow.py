@@ -6,8 +6,8 @@ The experiment of Arbel et al. (arXiv 1906.04370) with targets that the plain fl
 Gaussians on a ring, all particles at one of them, a kernel much narrower than the ring. Every
 schedule of a grid that a user might try plays against two that adapt: `AdaptiveNoise`, the largest
 level with a guaranteed descent, and `PlateauNoise`, which lowers the level where the flow rests and
-is started at the median distance of the target's points. All MMD^2 are biased, in the flow's own
-kernel, and thus at least 0.
+starts at the root-mean-square distance of the target's points from their mean. All MMD^2 are
+biased, in the flow's own kernel, and thus at least 0.
 
 The column `stuck` gauges whether the plain flow could go on from the end: the regularised negative
 Sobolev distance as a share of the largest value that it can have, MMD / sqrt(epsilon). Where no
@@ -27,7 +27,7 @@ from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 from witness_fields import centres, mixture, num_modes_found
 
-from lightning_mmd import Gaussian, median_bandwidth, point_flow
+from lightning_mmd import Gaussian, point_flow
 from lightning_mmd.flows import PointState
 from lightning_mmd.noise import (
     AdaptiveNoise,
@@ -80,7 +80,7 @@ def play(seed: int, noise: Noise, num_steps: int, num_particles: int) -> Iterato
 def plateau(num_particles: int) -> PlateauNoise:
     """Return the rule with its defaults, started at the data's own size."""
     x, _ = start(0, num_particles)
-    return PlateauNoise(median_bandwidth(x))
+    return PlateauNoise(float((x - x.mean(0)).square().sum(1).mean().sqrt()))
 
 
 def stuck(x: Tensor, y: Tensor, mmd2: float) -> float:

@@ -242,8 +242,8 @@ class PlateauNoise:
     smaller and does not leave a place where the gradient vanishes.
 
     Args:
-        initial: Level at step 0, > 0, in the units of the samples: about the distance between the
-            furthest modes, or what `median_bandwidth` returns.
+        initial: Level at step 0, > 0, in the units of the samples: about the spread of the target,
+            the root-mean-square distance of its points from their mean.
         window: Steps over which MMD^2 is averaged, >= 1.
         tolerance: Least relative decrease of that average at which the level is kept, in (0, 1).
         ratio: Factor on the level otherwise, in (0, 1).
