@@ -131,7 +131,7 @@ def main(
     width: int = 64,
     batch_size: int = 64,
     num_features: int = 128,
-    num_steps: int = 8,
+    num_steps: int = 20,
     directory: Path = Path(__file__).parent / "results",
 ) -> list[dict[str, Any]]:
     """Compare the steps of MMDGAN under the Trainer with those of a plain loop.
