@@ -52,7 +52,7 @@ def cells(config: str) -> dict[tuple[float, float], dict[str, Any]]:
 
 
 def main(
-    num_updates: int = 40,
+    num_updates: int = 60,
     ascent_factor: int = 5,
     seed: int = 0,
     directory: Path = Path(__file__).parent,

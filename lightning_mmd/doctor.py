@@ -54,6 +54,8 @@ def examine(model: MMDGAN | None = None) -> bool:
     """
     versions, problems = find_versions()
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if model is not None:
+        model.check_networks()
     rows = [] if model is None else check_parity(model)  # it forks: before anything wakes a GPU
     print("\n".join(describe_devices()))
     if model is None:
@@ -89,8 +91,8 @@ def advise(model: MMDGAN, num_latents: int = 256) -> list[str]:
     r"""Say what the generator's parametric Gramian means for learning rates, at its weights now.
 
     Gradient ascent on the weights of f = <w, phi> is stable for rates below
-    :math:`2 / (\alpha\lambda_{max}(JJ^T) + \beta)`, and the witness in closed form damps what has
-    eigenvalues below beta / alpha.
+    :math:`2 / (\alpha\lambda_{max}(JJ^T) + \beta)`, alpha times ``penalty_interval`` where the
+    penalty is lazy.
 
     Args:
         model: The user's; it is not changed.
@@ -109,11 +111,14 @@ def advise(model: MMDGAN, num_latents: int = 256) -> list[str]:
     z = model.fixed_latents(num_latents)
     embedding = MeanEmbedding(critic.feature_map(), generator, z)
     eigenvalue = largest_gramian_eigenvalue(embedding)
-    bound = max_stable_critic_lr(model.alpha, model.beta, eigenvalue)
+    alpha, weight = model.alpha * model.penalty_interval, "alpha"
+    if model.penalty_interval > 1:
+        weight = "alpha * penalty_interval"
+    bound = max_stable_critic_lr(alpha, model.beta, eigenvalue)
     return [
         f"largest eigenvalue of the parametric Gramian, at these weights: {eigenvalue:.3g}",
-        "gradient ascent on the critic's weights (plain SGD) is stable below a learning rate of "
-        f"2 / (alpha * {eigenvalue:.3g} + beta) = {bound:.3g}; half of it is fastest",
+        "gradient ascent on the critic's weights by plain SGD (critic_mode='adversarial') is "
+        f"stable below a learning rate of 2 / ({weight} * {eigenvalue:.3g} + beta) = {bound:.3g}",
     ]
 
 

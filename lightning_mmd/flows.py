@@ -164,6 +164,8 @@ def _point_flow(
         step, mmd2 = state.step + 1, float(mmd2_biased(target, y, kernel))
         if isinstance(noise, PlateauNoise) and memory is not None:
             memory = noise.advance(memory, step, mmd2)
+        else:
+            memory = None
         state = PointState(
             particles=y,
             step=step,

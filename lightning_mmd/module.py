@@ -334,7 +334,7 @@ class MMDGAN(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Check on two samples that latents, generator and critic fit, before anything moves."""
+        """Check precision, activations and that latents, generator and critic fit."""
         if self.trainer.precision == "16-mixed":
             raise ValueError(
                 "precision='16-mixed' is not supported: gradients of penalties under a loss scale "
@@ -342,6 +342,15 @@ class MMDGAN(LightningModule):
             )
         if self.alpha > 0:
             warn_of_kinks(self.critic)
+        self.check_networks()
+
+    def check_networks(self) -> None:
+        """Run two latents through generator and critic in eval mode.
+
+        Raises:
+            ValueError: If the generator does not take the latents, the critic does not take its
+                samples, or its samples do not have the shape of the trainer's data.
+        """
         z = self.fixed_latents(2)
         with torch.no_grad(), _evaluating(self.generator), _evaluating(self.critic):
             try:
@@ -353,7 +362,7 @@ class MMDGAN(LightningModule):
                     f"{self.latent_dim}) to what it takes, or give sample_latents."
                 ) from error
             check_samples(self.generator, x, z)
-            data = getattr(self.trainer, "datamodule", None)
+            data = getattr(self._trainer, "datamodule", None)
             if isinstance(data, SampleDataModule):
                 self._check_shapes(torch.empty(0, *data.sample_shape, dtype=x.dtype), x)
             try:
@@ -807,6 +816,8 @@ class MMDGAN(LightningModule):
             "cumulative_lr": self.cumulative_lr,
             "path_length": self.path_length,
             "lagged_direction": self._lagged_direction,
+            "last_penalty": self._last_penalty,
+            "generator_metrics": {n: float(v) for n, v in self._generator_metrics.items()},
             "damping": self.damping and asdict(self.damping),
         }
 
@@ -822,6 +833,8 @@ class MMDGAN(LightningModule):
         self.cumulative_lr = state["cumulative_lr"]
         self.path_length = state["path_length"]
         self._lagged_direction = state["lagged_direction"]
+        self._last_penalty = state["last_penalty"]
+        self._generator_metrics = dict(state["generator_metrics"])
         if self.damping is not None and state["damping"] is not None:
             self.damping = AutomaticDamping(**state["damping"])
         trains = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING

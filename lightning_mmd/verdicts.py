@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Literal, get_args
 
@@ -105,9 +106,11 @@ def judge(
       the run: too strong, its steps overshoot;
     * the critic changes by less than ``idle`` a step, its scale has not trebled since the start and
       MMD^2 has not halved: too weak, it never learned what tells samples from data;
-    * MMD^2 is above twice the floor and swings forth and back at least three times, without having
-      fallen to a third of its start, and samples have not been a fifth of ``collapse`` apart
-      throughout: cycling, be it with samples that have come together for the moment;
+    * MMD^2 is above twice the floor and swings forth and back at least three times (or twice, where
+      the projection of the parameters does so three times), gradually and not like noise (its
+      neighbours are correlated by more than 0.35), has not fallen to a third of its start, and
+      samples have not been within a fifth of ``collapse`` throughout: cycling, be it with samples
+      that have come together for the moment;
     * samples are less than ``collapse`` as far apart as data are: collapsed;
     * MMD^2 is within twice the floor: converged;
     * it fell to a third of its start and does not rise, or is falling: converging;
@@ -165,14 +168,16 @@ def judge(
             "critic too weak",
             f"its values vary {growth:.2g} times as much as at the start; {level}",
         )
-    turns = swings(mmd2[half // 2 :], noise=2 * floor)
+    late = slice(half // 2, None)
+    turns, turned = swings(mmd2[late], noise=2 * floor), swings(traces.projection[late])
+    returns = _persistence(mmd2[late]) > 0.35 and (turns >= 3 or (turns == 2 and turned >= 3))
     fell = now <= start / 3 and now <= 1.5 * before + floor
-    most = sorted(traces.diversity[half:])[-1 - len(traces.diversity[half:]) // 10]
-    if turns >= 3 and now > 2 * floor and not fell and not most < collapse / 5:
+    diversities = sorted(d for d in traces.diversity[half:] if math.isfinite(d))
+    motionless = bool(diversities) and diversities[-1 - len(diversities) // 10] < collapse / 5
+    if returns and now > 2 * floor and not (fell or motionless):
         span = traces.steps[-1] - traces.steps[half // 2]
         rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
         updates = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
-        turned = swings(traces.projection[half // 2 :])
         return _verdict(
             "cycling",
             f"MMD^2 returns about every {2 * span / turns:.0f} updates{updates}, and the "
@@ -223,6 +228,14 @@ def swings(trace: Sequence[float], noise: float = 0.0) -> int:
             count += side != 0
             side = now
     return count
+
+
+def _persistence(trace: Sequence[float]) -> float:
+    """Return the autocorrelation of neighbours, near 0 for independent values."""
+    mean = sum(trace) / len(trace)
+    shifted = [value - mean for value in trace]
+    products = sum(a * b for a, b in pairwise(shifted))
+    return products / max(sum(value * value for value in shifted), 1e-300)
 
 
 def _verdict(name: Name, reason: str) -> Verdict:

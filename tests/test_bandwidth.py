@@ -116,7 +116,7 @@ def test_a_kernel_of_a_loss_is_replaced():
     ("module", "target", "error", "message"),
     [
         (lambda: model(False), "critic", ValueError, r"in 'critic', got LearnedKernelCritic"),
-        (model, "netD", AttributeError, r"'netD', which MMDGAN.*are: generator, critic"),
+        (model, "netD", ValueError, r"'netD', which MMDGAN.*are: generator, critic"),
         (lambda: KernelLoss(Linear()), "kernel", ValueError, r"with a bandwidth, got Linear\(\)"),
     ],
 )

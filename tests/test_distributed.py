@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd import MMDGAN, LearnedKernelCritic, NoiseInjection
 from lightning_mmd.data import SampleDataModule, TensorSamples
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
+from lightning_mmd.noise import AdaptiveNoise, ConstantNoise
 
 NUM_STEPS, BATCH = 6, 8
 
@@ -100,6 +101,36 @@ def test_two_processes_train_as_one(kwargs, accumulate, tmp_path):
     parts = fit(several, tmp_path, devices=2, strategy="ddp_fork")
     size = nn.utils.parameters_to_vector([whole[n] - start[n] for n in whole]).norm()
     assert size > 0.05  # they moved
+    for name, value in whole.items():
+        assert (value - parts[name]).norm() < 1e-9 * size, name
+
+
+class WholeNoise(NoiseInjection):
+    """One process that draws the noise of two."""
+
+    def _draw(self, x):
+        num_draws, parts = self._draws, []
+        for self._rank, part in enumerate(x.chunk(2)):
+            self._draws = num_draws
+            parts.append(super()._draw(part))
+        return torch.cat(parts)
+
+
+@pytest.mark.parametrize("mode", ["closed_form", "adversarial"])
+@pytest.mark.parametrize(
+    "schedule", [ConstantNoise(0.5), AdaptiveNoise(largest=1.0)], ids=["constant", "adaptive"]
+)
+def test_noise_is_injected_into_two_processes_as_into_one(mode, schedule, tmp_path):
+    model = make_model(WholeBatch, critic_mode=mode)
+    start = copy.deepcopy(model.state_dict())
+    whole = fit(model, tmp_path / "one", devices=1, callbacks=[WholeNoise(schedule)])
+    noise = NoiseInjection(schedule)
+    several = make_model(MMDGAN, critic_mode=mode)
+    parts = fit(several, tmp_path / "two", 2, "ddp_fork", callbacks=[noise])
+    plain = fit(make_model(WholeBatch, critic_mode=mode), tmp_path / "plain", devices=1)
+    size = nn.utils.parameters_to_vector([whole[n] - start[n] for n in whole]).norm()
+    noisy = nn.utils.parameters_to_vector([whole[n] - plain[n] for n in whole]).norm()
+    assert noisy > 1e-3 * size  # it did something
     for name, value in whole.items():
         assert (value - parts[name]).norm() < 1e-9 * size, name
 

@@ -104,10 +104,17 @@ def test_witness_fields_point_to_the_missing_modes(tmp_path):
 
 
 def test_the_monitor_tells_made_games_apart(tmp_path):
-    rows = load(ROOT / "examples/convergence_monitor.py").main(seeds=(100,), directory=tmp_path)
+    example = load(ROOT / "examples/convergence_monitor.py")
+    cases = list(example.CASES)
+    rows = example.main(seeds=(100,), cases=cases[:4], directory=tmp_path)
     assert [row["case"] for row in rows if not row["right"]] == []
-    assert len(rows) == 5
-    assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 6
+    assert len(rows) == 4
+    assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 5
+    sound, cycling = (example.CASES[name]._replace(num_updates=400) for name in cases[4:])
+    assert example.play(100, sound).verdict.name in ("converging", "converged")
+    monitor = example.play(100, cycling._replace(every_n_steps=8))
+    assert monitor.verdict.name not in ("converging", "converged")
+    assert min(monitor.traces.mmd2[25:]) > 2 * monitor.floor
 
 
 def test_a_foreign_gan_gains_from_the_penalty(tmp_path):

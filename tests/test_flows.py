@@ -173,11 +173,14 @@ def test_the_plateau_rule_lowers_the_level_only_where_the_flow_rests() -> None:
         level *= 0.5 if average > 0.9 * reference else 1.0
         reference = average
     assert 2.0 * 0.5**15 < states[-1].noise < 1.0  # it fell, and was kept at times
-    assert states[-1].mmd2 < 0.05 * states[0].mmd2
+    assert states[-1].mmd2 < 0.2 * states[0].mmd2
     other = ConstantNoise(1.0)
     half = last(point_flow(y, x, Gaussian(), step_size=0.5, num_steps=3, noise=other, rng=rng()))
     with pytest.raises(ValueError, match="other noise"):
         point_flow(half, x, Gaussian(), step_size=0.5, num_steps=3, noise=noise)
+    between = last(point_flow(states[-1], x, Gaussian(), step_size=0.5, num_steps=3, noise=other))
+    with pytest.raises(ValueError, match="other noise"):
+        point_flow(between, x, Gaussian(), step_size=0.5, num_steps=3, noise=noise)
 
 
 def test_states_are_not_changed_by_later_steps() -> None:

@@ -61,6 +61,19 @@ def test_made_traces(expected, mmd2, kwargs):
     assert name(mmd2, **kwargs) == expected
 
 
+def test_traces_that_are_not_there_are_not_missed():
+    assert judge(Traces(list(range(40)), FALLEN), FLOOR).name == "converged"
+    assert judge(Traces(list(range(40)), RING), FLOOR).name == "cycling"
+    assert name(RING, diversity=39 * [math.nan] + [0.5]) == "cycling"
+
+
+def test_two_swings_are_a_cycle_where_the_parameters_swing_too():
+    slow = [1.0 + 0.8 * math.sin(2 * math.pi * t / 30) for t in range(40)]
+    assert swings(slow[10:]) == 2
+    assert name(slow) == "undecided"
+    assert name(slow, projection=RING) == "cycling"
+
+
 def test_noise_and_one_bump_are_no_cycle():
     random.seed(0)
     for _ in range(20):
@@ -68,6 +81,9 @@ def test_noise_and_one_bump_are_no_cycle():
         assert name(noisy) == "undecided"
         at_floor = [1.0] + [random.gauss(0, FLOOR / 2) for _ in range(59)]
         assert name(at_floor) == "converged"
+    wild = [[max(0.1, 1.0 + random.gauss(0, 0.25)) for _ in range(60)] for _ in range(200)]
+    assert sum(swings(trace[15:]) > 3 for trace in wild) > 150
+    assert sum(name(trace) == "cycling" for trace in wild) < 8
     assert swings([math.exp(-((t - 20) ** 2) / 20) for t in range(40)]) == 2
 
 

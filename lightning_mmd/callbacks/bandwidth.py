@@ -38,7 +38,7 @@ class BandwidthSchedule(Callback):
     Raises:
         ValueError: If a number is out of range; at the start of training, if the target holds no
             bandwidth.
-        AttributeError: At the start of training, if there is no such attribute.
+        ValueError: At the start of training, if there is no such attribute.
 
     Source:
         Becker et al., arXiv 2305.08277: shrinking the kernel's effective width in training helps.
@@ -136,7 +136,7 @@ class BandwidthSchedule(Callback):
             target = attrgetter(self.target)(pl_module)
         except AttributeError as error:
             names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise AttributeError(
+            raise ValueError(
                 f"BandwidthSchedule changes {self.target!r}, which {type(pl_module).__name__} does "
                 f"not have. Its networks are: {names}. Name one of them, or an attribute that "
                 "holds a kernel, by target=..."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mmd.callbacks.cadence import (
     GeneratorCadence,
@@ -17,6 +17,7 @@ from lightning_mmd.callbacks.cadence import (
     require_samples,
 )
 from lightning_mmd.callbacks.ema import averaged_weights
+from lightning_mmd.callbacks.foreign import find_network
 from lightning_mmd.callbacks.images import training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
@@ -73,7 +74,7 @@ class ConvergenceMonitor(GeneratorCadence):
     Raises:
         ValueError: If a number is out of range; at the start, if there are fewer than 10 images.
         TypeError: If the training data cannot be read by index.
-        AttributeError: At set-up, if the module has no such critic or generator.
+        ValueError: At set-up, if the module has no such critic or generator.
 
     Source:
         See `lightning_mmd.verdicts.judge`; Turinici, arXiv 2012.10410, for acting on a collapse.
@@ -114,14 +115,9 @@ class ConvergenceMonitor(GeneratorCadence):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         super().setup(trainer, pl_module, stage)
-        for name in (self.generator, self.critic):
-            if name is not None and not isinstance(getattr(pl_module, name, None), nn.Module):
-                names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-                raise AttributeError(
-                    f"ConvergenceMonitor watches the network {name!r}, which "
-                    f"{type(pl_module).__name__} does not have. Its networks are: {names}. Name "
-                    "them by generator=... and critic=... (None for no critic)."
-                )
+        find_network(self, pl_module, "generator", self.generator)
+        if self.critic is not None:
+            find_network(self, pl_module, "critic", self.critic)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._module, self._before = pl_module, None
@@ -146,7 +142,7 @@ class ConvergenceMonitor(GeneratorCadence):
         # The null distribution of the U-statistic scales like 1 / n.
         self.floor = max(test.null_statistics.quantile(0.99).item() / 2, 1e-12)
         self._spread = _mean_distance(self._real)
-        num = sum(p.numel() for p in getattr(module, self.generator).parameters())
+        num = sum(p.numel() for p in module.get_submodule(self.generator).parameters())
         seeded = torch.Generator().manual_seed(self.seed)
         direction = torch.randn(num, generator=seeded, dtype=torch.float64)
         self._direction = direction / direction.norm()
@@ -184,7 +180,7 @@ class ConvergenceMonitor(GeneratorCadence):
                 sizes = float(after.std() + before.values.std())
                 change = float((after - before.values).std()) / max(sizes, 1e-30)
         gradient = trainer.callback_metrics.get("generator/gradient_norm")
-        parameters = getattr(self._watched(), self.generator).parameters()
+        parameters = self._watched().get_submodule(self.generator).parameters()
         theta = torch.cat([p.detach().flatten().double().cpu() for p in parameters])
         entry = {
             "mmd2": look.mmd2,
@@ -232,7 +228,7 @@ class ConvergenceMonitor(GeneratorCadence):
     def _evaluate(self, points: Tensor) -> Tensor | None:
         if self.critic is None:
             return None
-        critic = getattr(self._watched(), self.critic)
+        critic = self._watched().get_submodule(self.critic)
         training = [module for module in critic.modules() if module.training]
         critic.eval()
         try:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_mmd.callbacks.foreign import find_network
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["GeneratorEMA", "averaged_weights"]
@@ -47,7 +48,7 @@ class GeneratorEMA(Callback):
 
     Raises:
         ValueError: If a number is not positive.
-        AttributeError: At set-up, if the module has no such attribute.
+        ValueError: At set-up, if the module has no such attribute.
 
     Source:
         Karras et al. 2018, arXiv 1710.10196 (averaged generators); Karras et al. 2022, arXiv
@@ -172,15 +173,8 @@ class GeneratorEMA(Callback):
             pl_module.sample_with(self.averaged_generator)
 
     def _live(self, pl_module: LightningModule) -> nn.Module:
-        module = getattr(pl_module, self.generator, None)
-        if not isinstance(module, nn.Module):
-            names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-            raise AttributeError(
-                f"GeneratorEMA averages the network {self.generator!r}, which "
-                f"{type(pl_module).__name__} does not have. Its networks are: {names}. Name one by "
-                "generator=..."
-            )
-        return module
+        find_network(self, pl_module, "generator", self.generator)
+        return pl_module.get_submodule(self.generator)
 
     # State
 

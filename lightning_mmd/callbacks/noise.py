@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_mmd.callbacks.foreign import (
     counter_seed,
     find_network,
+    mean_over_processes,
     optimizers_of,
     require_whole_networks,
 )
@@ -64,6 +65,7 @@ class _Noise(Callback, ABC):
                 "configure_optimizers return one for it."
             )
         self._parameters = {id(p) for p in generator.parameters()}
+        self._trainer = trainer
         self._rank = trainer.global_rank
         self._in_batch = False
         self._draws = 0
@@ -151,7 +153,7 @@ class NoiseInjection(_Noise):
     logs no prediction and automatic damping rests.
 
     With ``AdaptiveNoise`` the level is the largest at which, for the very draw of the step and the
-    samples of this process,
+    samples of all processes,
 
     .. math:: 4 \sum_j \|\nabla f(y_j + \beta u_j) - \nabla f(y_j)\|^2
         \le \sum_j \|\nabla f(y_j + \beta u_j)\|^2,
@@ -229,7 +231,9 @@ class NoiseInjection(_Noise):
 
             def fits(level: float) -> bool:
                 noisy = gradient_at(x + level * u)
-                return bool(4 * (noisy - clean).square().sum() <= noisy.square().sum())
+                sums = [(noisy - clean).square().sum(), noisy.square().sum()]
+                changed, whole = mean_over_processes(self._trainer, torch.stack(sums))
+                return bool(4 * changed <= whole)
 
             self._level = self.schedule.search(fits)
         else:
