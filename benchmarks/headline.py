@@ -1,7 +1,8 @@
 """Closed form against gradient ascent: MMD^2 by updates, images seen, processor time and FLOPs.
 
 Trains digits (5 seeds) and, with ``--data_root`` of a folder that has it, MNIST (3 seeds). Runs in
-``results/headline.json`` are not repeated, so that it can be stopped and resumed.
+``results/headline.json`` are not repeated, so that it can be stopped and resumed; delete the file
+after a change of the methods.
 
     python benchmarks/headline.py --data_root data
 """
@@ -88,7 +89,7 @@ def collect(data: str, seeds: range, path: Path, data_root: str | None) -> dict[
     runs: dict[str, list[Run]] = {}
     for seed in seeds:
         for name, (config, options, num_updates) in methods(data).items():
-            key = f"{data}, {name}, {seed}"
+            key = f"{data}, {name}, {num_updates} updates, {seed}"
             if key not in stored:
                 run = train(
                     config,

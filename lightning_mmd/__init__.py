@@ -41,6 +41,13 @@ if TYPE_CHECKING:
         two_sample_test,
     )
     from lightning_mmd.module import MMDGAN
+    from lightning_mmd.noise import (
+        AdaptiveNoise,
+        ConstantNoise,
+        GeometricNoise,
+        HalvingNoise,
+        PlateauNoise,
+    )
     from lightning_mmd.penalties import (
         input_gradient_penalty,
         parametric_gradient_penalty,
@@ -88,6 +95,13 @@ _HOMES = {
         "two_sample_test",
     ],
     "module": ["MMDGAN"],
+    "noise": [
+        "AdaptiveNoise",
+        "ConstantNoise",
+        "GeometricNoise",
+        "HalvingNoise",
+        "PlateauNoise",
+    ],
     "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
     "pushforward": ["parametric_gradient", "parametric_tangent"],
     "rates": ["convergence_rates", "suggest_hyperparameters"],
@@ -97,12 +111,16 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MMDGAN",
+    "AdaptiveNoise",
     "BandwidthSchedule",
+    "ConstantNoise",
     "ConvergenceMonitor",
     "Energy",
     "Gaussian",
     "GeneratorEMA",
     "GeneratorProgressBar",
+    "GeometricNoise",
+    "HalvingNoise",
     "InstanceNoise",
     "InverseMultiquadric",
     "Kernel",
@@ -114,6 +132,7 @@ __all__ = [
     "MaximumMeanDiscrepancy",
     "NoiseInjection",
     "ParametricGradientPenalty",
+    "PlateauNoise",
     "Polynomial",
     "RandomFourierFeatures",
     "RationalQuadratic",

@@ -20,7 +20,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-import lightning_mmd.data  # these five can then be named in YAML without their path
+import lightning_mmd.callbacks  # what these hold can then be named in YAML without its path
+import lightning_mmd.critics
+import lightning_mmd.data
 import lightning_mmd.features
 import lightning_mmd.kernels
 import lightning_mmd.networks
@@ -369,18 +371,34 @@ def main(args: ArgsType = None) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """Shorten what a parser says of a name that it does not know, and name its neighbours."""
+    """Shorten what a parser says of a name or argument that it does not know; name neighbours."""
     text = str(error).strip()
     unknown = re.search(r"Expected a dot import path string: (\w+)", text)
-    if unknown is None:
-        return text
-    name = unknown[1]
-    modules = (lightning_mmd.kernels, lightning_mmd.data, lightning_mmd.networks)
-    known = sorted({n for m in modules for n, v in vars(m).items() if isinstance(v, type)})
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    kernels = ", ".join(n for n in lightning_mmd.kernels.__all__ if n[0].isupper())
-    hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"there is no class named {name!r}. {hint}The kernels are: {kernels}."
+    if unknown is not None:
+        return f"there is no class named {unknown[1]!r}. {_neighbours(unknown[1])}"
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    problem = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)':\n\s*(.+)", text)
+    if key is not None and problem is not None:
+        return f"{problem[1]}: {problem[2].strip()}. See --{key[1]}.help {problem[1]}"
+    return text
+
+
+def _neighbours(name: str) -> str:
+    modules = (
+        lightning_mmd.callbacks,
+        lightning_mmd.critics,
+        lightning_mmd.data,
+        lightning_mmd.features,
+        lightning_mmd.kernels,
+        lightning_mmd.networks,
+        lightning_mmd.noise,
+    )
+    values = {n: v for m in modules for n, v in vars(m).items() if isinstance(v, type)}
+    known = sorted(n for n, v in values.items() if n[0] != "_" and "lightning_mmd" in v.__module__)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Ours are: {', '.join(known)}; others need their dotted path."
 
 
 if __name__ == "__main__":

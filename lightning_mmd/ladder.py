@@ -49,12 +49,14 @@ _ONLOOKERS = (  # callbacks that training does not depend on, or should not here
     SampleGrid,
 )
 _NUM_MEASUREMENTS = 20  # of a curve, where the configuration has fewer
+_LEAST_MEASUREMENTS = 6  # below these the verdict comes with a caveat
 _MEANING = {
     "converged": "converged dynamics: shorter steps draw the same curve.",
     "not yet": "not yet: the curves approach each other, but a step still matters. Halve the "
     "learning rates, or the tolerance is too strict.",
     "no limit": "no limit: shorter steps do not bring the curves together. The run cycles, or what "
-    "it reaches is an accident of its step size. Raise alpha, or train in closed form.",
+    "it reaches is an accident of its step size. Raise alpha, or, where the critic is trained by "
+    "gradient ascent, use critic_mode='closed_form'.",
 }
 
 
@@ -186,6 +188,9 @@ def climb(
             "--model.automatic_damping false."
         )
     table: list[_Measurement] = []
+    cost = len(seeds) * (2 ** (num_halvings + 1) - 1)
+    if user.trainer.is_global_zero:
+        print(f"{len(seeds) * (num_halvings + 1)} runs, as many updates as {cost} trainings")
     for k in range(num_halvings + 1):
         for seed in seeds:
             table += _train(build(_overrides(user, 2**k, seed)), k, seed)
@@ -323,6 +328,11 @@ def _report(
         "mini-batches, 1 without a limit"
     )
     lines.append(f"verdict: {_MEANING[result.verdict]}")
+    if len(times) < _LEAST_MEASUREMENTS:
+        lines.append(
+            f"but each curve has {len(times)} measurements only, too few to draw it: raise "
+            "trainer.max_steps"
+        )
     return "\n".join(lines)
 
 

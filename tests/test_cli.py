@@ -180,7 +180,14 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--trainer.callbacks.kernel.class_path=Gausian"], "Did you mean Gaussian"),
+        (["--trainer.callbacks.kernel.class_path=Gausian"], "Did you mean Gaussian?"),
+        (["--trainer.callbacks+=ConvergenceMonito"], "Did you mean ConvergenceMonitor"),
+        (["--trainer.callbacks+=Xyzzy"], "Ours are: AdaptiveNoise, "),
+        (["--trainer.callbacks+=NoiseInjection"], "NoiseInjection: the following arguments are re"),
+        (
+            ["--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_lif=3"],
+            "GeneratorEMA: Option 'half_lif' is not accepted. See --trainer.callbacks.help Gen",
+        ),
         (["--model.nonsense=3"], "nonsense"),
         (["--model.alpha=-1"], "alpha must be a finite number >= 0, got -1.0"),
         (["--model.critic.init_args.num_features=0"], "num_features must be at least 1"),
