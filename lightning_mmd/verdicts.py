@@ -104,8 +104,8 @@ def judge(
     * one critic step changes the critic by ``restless`` or more, in the median, while MMD^2 is
       above twice the floor and a tenth of its start, and does not fall by half within a quarter of
       the run: too strong, its steps overshoot;
-    * the critic changes by less than ``idle`` a step, its scale has not trebled since the start and
-      MMD^2 has not halved: too weak, it never learned what tells samples from data;
+    * the critic changes by less than ``idle`` a step, its scale has not grown fivefold since the
+      start and MMD^2 has not halved: too weak, it never learned what tells samples from data;
     * MMD^2 is above twice the floor and swings forth and back at least three times (or twice, where
       the projection of the parameters does so three times), gradually and not like noise (its
       neighbours are correlated by more than 0.35), has not fallen to a third of its start, and
@@ -163,7 +163,7 @@ def judge(
         )
     scales = [scale for scale in traces.critic_scale if math.isfinite(scale)]
     growth = _median(scales[len(scales) // 2 :]) / max(scales[0], 1e-30) if scales else math.nan
-    if change < idle and growth < 3 and median(mmd2[half:]) > max(2 * floor, start / 2):
+    if change < idle and growth < 5 and median(mmd2[half:]) > max(2 * floor, start / 2):
         return _verdict(
             "critic too weak",
             f"its values vary {growth:.2g} times as much as at the start; {level}",
