@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 
@@ -128,4 +129,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)
