@@ -202,7 +202,7 @@ def main(
         axes.set(title=training, xlabel="steps" if training == "points" else "updates")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(ylabel="$W_2^2$, median over seeds")
-        axes.legend(title="bandwidth", fontsize=6, title_fontsize=6, frameon=False)
+    axes.legend(title="bandwidth", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save_table(rows, directory / "results/bandwidth_annealing.csv")
     save_figure(figure, directory / "figures/bandwidth_annealing.png")
     return rows

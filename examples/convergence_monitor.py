@@ -145,7 +145,7 @@ def play(seed: int, case: Case) -> ConvergenceMonitor:
 
 
 def main(
-    seeds: Sequence[int] = range(10),
+    seeds: Sequence[int] = range(200, 210),
     cases: Sequence[str] = tuple(CASES),
     directory: Path = Path(__file__).parent,
 ) -> list[dict[str, object]]:

@@ -398,7 +398,9 @@ def _neighbours(name: str) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(close)}?"
-    return f"Ours are: {', '.join(known)}; others need their dotted path."
+    return (
+        "Check its spelling; a class that is not ours needs its dotted path (mynets.MyGenerator)."
+    )
 
 
 if __name__ == "__main__":

