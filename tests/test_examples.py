@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lightning_mmd.noise import ConstantNoise, GeometricNoise, PlateauNoise
+from lightning_mmd.verdicts import swings
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,16 +107,24 @@ def test_witness_fields_point_to_the_missing_modes(tmp_path):
 
 def test_the_monitor_tells_made_games_apart(tmp_path):
     example = load(ROOT / "examples/convergence_monitor.py")
-    cases = list(example.CASES)
-    rows = example.main(seeds=(100,), cases=cases[:4], directory=tmp_path)
+    *cases, sound, cycling = example.CASES
+    rows = example.main(seeds=(100,), cases=cases, directory=tmp_path)
     assert [row["case"] for row in rows if not row["right"]] == []
-    assert len(rows) == 4
-    assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 5
-    sound, cycling = (example.CASES[name]._replace(num_updates=400) for name in cases[4:])
-    assert example.play(100, sound).verdict.name in ("converging", "converged")
-    monitor = example.play(100, cycling._replace(every_n_steps=8))
+    assert len(rows) == 6
+    assert (tmp_path / "results/convergence_monitor.csv").read_text().count("\n") == 7
+    monitor = example.play(100, example.CASES[sound]._replace(num_updates=400))
+    assert monitor.verdict.name in ("converging", "converged")
+    monitor = example.play(100, example.CASES[cycling]._replace(num_updates=400, every_n_steps=8))
     assert monitor.verdict.name not in ("converging", "converged")
     assert min(monitor.traces.mmd2[25:]) > 2 * monitor.floor
+
+
+def test_the_bilinear_game_turns_at_the_rate_of_theory():
+    example = load(ROOT / "examples/convergence_monitor.py")
+    traces = example.play(3, example.CASES["alpha = 0, bilinear"]).traces
+    # With steps of eta the angle grows by eta a step: the parameters cross 0 twice a turn.
+    assert swings(traces.projection) == pytest.approx(2 * 400 * 0.05 / (2 * math.pi), abs=1)
+    assert traces.steps[-1] == 400
 
 
 def test_a_foreign_gan_gains_from_the_penalty(tmp_path):
