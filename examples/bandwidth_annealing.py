@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, Trainer
+from point_flow import start
 from reporting import new_figure, save_figure, save_table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from witness_fields import centres, mixture
+from witness_fields import mixture
 
 from lightning_mmd import (
     MMDGAN,
@@ -65,9 +66,7 @@ def shrinking(num_steps: int) -> list[float]:
 
 def flow_points(seed: int, widths: Sequence[float], factor: float, num_particles: int) -> Curve:
     """Follow the points' flow, a stage for each width."""
-    torch.manual_seed(seed)
-    x = mixture(8, num_particles // 8)
-    y = centres(1) + 0.15 * torch.randn_like(x)
+    x, y = start(seed, num_particles)
     curve = [(0, w2(x, y))]
     for number, width in enumerate(widths, start=1):
         step_size = factor * width**2

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -850,9 +850,7 @@ class MMDGAN(LightningModule):
         return next(p for p in self.generator.parameters() if p.is_floating_point()).dtype
 
     def _mean_over_processes(self, tensor: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return tensor
-        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
+        return mean_over_processes(self.trainer, tensor)
 
     def _refuse_different_parameters(self) -> None:
         if self.trainer.world_size == 1:
@@ -941,6 +939,13 @@ def _fast_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def _no_op() -> None:
     pass
+
+
+def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Return the mean of a tensor over processes."""
+    if trainer.world_size == 1:
+        return tensor
+    return trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
 
 
 def _flat(gradient: Sequence[Tensor]) -> Tensor:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mmd.module import _counter_seed
+from lightning_mmd.module import _counter_seed, mean_over_processes
 
 __all__ = [
     "counter_seed",
@@ -90,13 +90,6 @@ def require_whole_networks(callback: Callback, trainer: Trainer) -> None:
             f"{name} does not support precision={trainer.precision!r}: gradients of penalties in "
             "float16 or under its loss scale overflow. Use 'bf16-mixed' or '32-true'."
         )
-
-
-def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over processes."""
-    if trainer.world_size == 1:
-        return tensor
-    return trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
 
 
 @contextmanager
