@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,15 +25,19 @@ from torch.func import functional_call
 from lightning_mmd import Gaussian, RandomFourierFeatures, median_bandwidth, solve_witness
 from lightning_mmd.data import DigitsDataModule
 from lightning_mmd.networks import ConvFeatures, ConvGenerator
+from lightning_mmd.witness import WitnessSolution
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reporting import save_table
 
 ALPHA, BETA = 1.0, 1e-2
+TO_TOLERANCE = {
+    f"to_{tolerance}": {"tolerance": tolerance, "max_iterations": 500} for tolerance in (0.3, 0.01)
+}
 
 
-def dense_solve(features: nn.Module, generator: nn.Module, z: Tensor, gap: Tensor) -> Tensor:
-    """Form J of shape (r, P) and return w."""
+def dense_system(features: nn.Module, generator: nn.Module, z: Tensor) -> Tensor:
+    """Form J of shape (r, P) and return alpha J J^T + beta I."""
     parameters = {n: p.detach().requires_grad_() for n, p in generator.named_parameters()}
     mean = features(functional_call(generator, parameters, (z,))).mean(0)
     blocks = [
@@ -42,7 +47,12 @@ def dense_solve(features: nn.Module, generator: nn.Module, z: Tensor, gap: Tenso
         for rows in torch.eye(len(mean)).split(16)
     ]
     jacobian = torch.cat([torch.cat([g.flatten(1) for g in block], dim=1) for block in blocks])
-    system = ALPHA * (jacobian @ jacobian.T).double() + BETA * torch.eye(len(mean)).double()
+    return ALPHA * (jacobian @ jacobian.T).double() + BETA * torch.eye(len(mean)).double()
+
+
+def dense_solve(features: nn.Module, generator: nn.Module, z: Tensor, gap: Tensor) -> Tensor:
+    """Form J and return w."""
+    system = dense_system(features, generator, z)
     return torch.cholesky_solve(gap.double()[:, None], torch.linalg.cholesky(system))[:, 0]
 
 
@@ -91,13 +101,23 @@ def solve_costs(
     return rows
 
 
+def exact_secants(system: Tensor) -> Tensor:
+    """Return secants whose BFGS formula is the exact inverse: the eigenvectors."""
+    values, vectors = torch.linalg.eigh(system)
+    return torch.stack([vectors.T, values[:, None] * vectors.T], dim=1)
+
+
 def warm_start(
     learned: bool, fresh: bool, eta: float, num_features: int, num_updates: int, batch_size: int
 ) -> dict[str, Any]:
-    """Train on digits; solve each update to 1e-2 from the last weights, and again from zero.
+    """Train on digits, and count iterations of every update's solve from several starts.
 
-    Latents and images are new in every update or held, and features, where learned, ascend. Beside
-    it, weights that 3 iterations an update carry along, and what 3 iterations from zero reach.
+    Cold: from zero. Warm: from the last weights. Secants: from the last weights, preconditioned by
+    the steps of earlier solves. Last inverse: from the last weights, preconditioned by the exact
+    inverse of the last update's system: all that the last update could tell. Each start carries its
+    own weights along. Iterations to two tolerances; the residual that 3 iterations leave, as many
+    as a training makes; and how many from zero leave what 3 from the last weights do. Latents and
+    images are new in every update or held; features, where learned, ascend.
     """
     torch.manual_seed(0)
     data = DigitsDataModule(batch_size=batch_size)
@@ -111,29 +131,36 @@ def warm_start(
         kernel = Gaussian(6.0)
         features = RandomFourierFeatures(kernel, in_features=64, num_features=num_features)
     ascent = torch.optim.Adam(features.parameters(), lr=5e-4, betas=(0.0, 0.9)) if learned else None
-    weights = rough = None
-    warm, cold, warm_residuals, cold_residuals = [], [], [], []
+    last: dict[str, WitnessSolution] = {}
+    inverse = weights = None
+    rows: list[dict[str, float]] = []
     for k in range(num_updates):
         if k == 0 or fresh:
             z = torch.randn(batch_size, 32)
             real = images[torch.randint(len(images), (batch_size,))]
         with torch.no_grad():
             gap = features(real).mean(0) - features(generator(z)).mean(0)
-        solve = partial(
-            solve_witness,
-            *(features, generator, z, gap),
-            alpha=ALPHA,
-            beta=BETA,
-            tolerance=1e-2,
-        )
-        solution = solve(initial=weights, max_iterations=500)
-        three = solve(initial=rough, max_iterations=3)
-        if weights is not None:
-            warm.append(solution.num_iterations)
-            cold.append(solve(max_iterations=500).num_iterations)
-            warm_residuals.append(three.residual)
-            cold_residuals.append(solve(max_iterations=3).residual)
-        weights, rough = solution.weights, three.weights
+        solve = partial(solve_witness, *(features, generator, z, gap), alpha=ALPHA, beta=BETA)
+        limits = {**TO_TOLERANCE, "residual_3": {"tolerance": 1e-9, "max_iterations": 3}}
+        row: dict[str, float] = {}
+        for (limit, options), start in product(limits.items(), ("cold", "warm", "secants")):
+            before = None if start == "cold" else last.get(f"{limit}_{start}")
+            solution = solve(
+                **options,
+                initial=before and before.weights,
+                secants=before.secants if before and start == "secants" else None,
+            )
+            last[f"{limit}_{start}"] = solution
+            to_tolerance = limit in TO_TOLERANCE
+            row[f"{limit}_{start}"] = solution.num_iterations if to_tolerance else solution.residual
+        enough = solve(tolerance=row["residual_3_warm"], max_iterations=500)
+        row["cold_for_3_warm"] = enough.num_iterations
+        informed = solve(**TO_TOLERANCE["to_0.01"], initial=weights, secants=inverse)
+        row["to_0.01_last_inverse"] = informed.num_iterations
+        solution = last["to_0.01_secants"]
+        weights = solution.weights
+        inverse = exact_secants(dense_system(features, generator, z))
+        rows.append(row)
         if ascent is not None:
             objective = weights @ (features(real).mean(0) - features(generator(z)).mean(0))
             (-objective).backward()
@@ -147,14 +174,10 @@ def warm_start(
     return {
         "features": "learned" if learned else "fixed",
         "batches": "fresh" if fresh else "held",
+        "batch": batch_size,
         "eta": eta,
-        "updates": len(warm),
-        "cold": median(cold),
-        "warm": median(warm),
-        "warm_products": median(warm) + 1,  # the line search along the last weights
-        "fewer": median(cold) / max(1, median(warm)),
-        "residual_3_cold": median(cold_residuals),
-        "residual_3_warm": median(warm_residuals),
+        "updates": num_updates - 1,
+        **{name: median(row[name] for row in rows[1:]) for name in rows[0]},
         "mmd2_end": float(solution.mmd2),
     }
 
@@ -164,7 +187,7 @@ def main(
     batch_size: int = 32,
     width: int = 32,
     channels: tuple[int, ...] = (64, 32, 16),
-    num_updates: int = 8,
+    num_updates: int = 9,
     repeats: int = 1,
     directory: Path = Path(__file__).parent / "results",
 ) -> dict[str, list[dict[str, Any]]]:
@@ -202,9 +225,15 @@ def main(
         )
         save_table(costs, directory / "witness_solve.csv")
         starts = [
-            warm_start(learned, fresh, eta, num_features, num_updates, 4 * batch_size)
+            warm_start(learned, fresh, eta, num_features, num_updates, batches * batch_size)
             for learned in (False, True)
-            for fresh, eta in ((True, 0.4), (False, 0.1), (False, 0.02))
+            for fresh, eta, batches in (
+                (True, 0.4, 4),
+                (True, 0.4, 16),
+                (True, 0.1, 16),
+                (False, 0.1, 4),
+                (False, 0.02, 4),
+            )
         ]
     save_table(starts, directory / "warm_start.csv")
     return {"costs": costs, "starts": starts}

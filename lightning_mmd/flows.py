@@ -200,6 +200,7 @@ class GeneratorState:
             `torch.func.functional_call` and, with strict=False, of `load_state_dict`.
         velocity: J^T w, the flow's direction at these parameters, flat, (P,).
         weights: w of the witness at these parameters, (r,).
+        secants: Steps of its solve and their images, (k, 2, r), which precondition the next one.
         step: Number of steps made.
         time: Sum of the step sizes.
         energy: F = 1/2 ||delta||^2, half of MMD^2 in the features.
@@ -216,6 +217,7 @@ class GeneratorState:
     parameters: dict[str, Tensor]
     velocity: Tensor
     weights: Tensor
+    secants: Tensor
     step: int
     time: float
     energy: float
@@ -302,6 +304,7 @@ def generator_flow(
             tolerance=tolerance,
             max_iterations=max_iterations,
             initial=None if previous is None else previous.weights,
+            secants=None if previous is None else previous.secants,
         )
         if not solution.residual <= tolerance:
             warnings.warn(
@@ -318,6 +321,7 @@ def generator_flow(
             parameters=parameters,
             velocity=velocity,
             weights=w,
+            secants=solution.secants,
             step=0 if previous is None else previous.step + 1,
             time=0.0 if previous is None else previous.time + step_size,
             energy=energy,

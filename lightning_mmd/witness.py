@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+_MOST_SECANTS = 256
+
+
 class WitnessConvergenceWarning(UserWarning):
     """The conjugate gradients stopped before they reached the tolerance that was asked for."""
 
@@ -260,6 +263,9 @@ class WitnessSolution:
         num_iterations: Conjugate-gradient iterations made.
         alpha: Weight of the parametric-gradient penalty.
         beta: Weight of the RKHS norm.
+        secants: The steps s that led to w and their images (alpha J J^T + beta I) s, float64, of
+            shape (k, 2, r), after those that the solve was given; the newest 256 of them. The
+            next solve's preconditioner is made of them.
     """
 
     weights: Tensor
@@ -271,6 +277,7 @@ class WitnessSolution:
     num_iterations: int
     alpha: float
     beta: float
+    secants: Tensor
 
     @property
     def mmd2(self) -> Tensor:
@@ -318,6 +325,7 @@ def solve_witness(
     tolerance: float = 1e-3,
     max_iterations: int = 50,
     initial: Tensor | None = None,
+    secants: Tensor | None = None,
 ) -> WitnessSolution:
     r"""Solve for the regularised witness without forming the Gramian.
 
@@ -337,6 +345,9 @@ def solve_witness(
         max_iterations: Most iterations, >= 0.
         initial: Weights to start from, of shape (r,), such as those of the last update. They are
             scaled first so that the energy along their line is least.
+        secants: ``secants`` of an earlier solution, of shape (k, 2, r): its steps precondition this
+            solve, by the BFGS formula. Of use where latents and features have changed little since,
+            as along `generator_flow`; a new batch of latents changes more than they know.
 
     Returns:
         The solution, with its residual.
@@ -349,6 +360,7 @@ def solve_witness(
 
     Source:
         Mroueh & Nguyen, arXiv 2011.02402: f = (alpha D + beta I)^-1 (mu_p - mu_q), D = L^T L.
+        Preconditioner: Morales & Nocedal 2000, SIAM J. Optim. 10(4).
     """
     if isinstance(features, nn.Module):
         refuse_shared_parameters(features, generator)
@@ -361,6 +373,7 @@ def solve_witness(
         tolerance=tolerance,
         max_iterations=max_iterations,
         initial=initial,
+        secants=secants,
     )
     if not solution.residual <= tolerance:
         warnings.warn(
@@ -382,6 +395,7 @@ def solve_embedding(
     tolerance: float,
     max_iterations: int,
     initial: Tensor | None = None,
+    secants: Tensor | None = None,
     overhead: float | None = None,
 ) -> WitnessSolution:
     """Solve for the witness of a mean embedding that was evaluated before.
@@ -397,6 +411,7 @@ def solve_embedding(
         tolerance: See :func:`solve_witness`.
         max_iterations: See :func:`solve_witness`.
         initial: See :func:`solve_witness`.
+        secants: See :func:`solve_witness`.
         overhead: What an update costs besides its iterations, in iterations, >= 0. When given, stop
             also as soon as an iteration did not raise the descent rate <delta, D w> for the cost:
             when its k-th raised it by less than the factor (overhead + k) / (overhead + k - 1).
@@ -424,7 +439,15 @@ def solve_embedding(
             "gap must be finite, got NaN or infinite entries. Check the real and the generated "
             "samples; a smaller generator step helps where the generator has diverged."
         )
-    iterate = _Iterate(embedding, gap.detach(), alpha, beta)
+    if secants is None:
+        secants = gap.new_zeros(0, 2, len(gap))
+    if secants.ndim != 3 or secants.shape[1:] != (2, len(gap)):
+        raise ValueError(
+            f"secants must be of shape (k, 2, {len(gap)}), the secants of an earlier solution, got "
+            f"shape {tuple(secants.shape)}."
+        )
+    secants = secants.detach().double()
+    iterate = _Iterate(embedding, gap.detach(), alpha, beta, _bfgs_inverse(secants))
     if initial is not None and bool(initial.any()):
         iterate.line_search(initial.detach())
     iterate.restart()
@@ -448,13 +471,15 @@ def solve_embedding(
         beta=beta,
         residual=float(iterate.residual.norm() / size) if size > 0 else 0.0,
         num_iterations=num_iterations,
+        secants=torch.cat([secants, *iterate.secants])[-_MOST_SECANTS:],
     )
 
 
 class _Iterate:
     """Conjugate gradients that carry J^T w and its tangents along: a step gives them for nothing.
 
-    Vectors of length r are accumulated in float64 over products in the networks' precision.
+    They are preconditioned by a function close to r -> A^-1 r, A = alpha J J^T + beta I. Vectors of
+    length r are accumulated in float64 over products in the networks' precision.
     """
 
     def __init__(
@@ -463,12 +488,15 @@ class _Iterate:
         gap: Tensor,
         alpha: float,
         beta: float,
+        precondition: Callable[[Tensor], Tensor],
     ) -> None:
         self.embedding, self.alpha, self.beta = embedding, alpha, beta
         self.gap = gap.double()
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
         self.gramian_image = torch.zeros_like(self.gap)
+        self._precondition = precondition
+        self.secants: list[Tensor] = []
         self._largest_curvature = 0.0
         self.parametric_gradient = torch.zeros(
             embedding.num_parameters,
@@ -477,8 +505,8 @@ class _Iterate:
         )
         self.tangents = torch.zeros_like(embedding.samples, requires_grad=False)
 
-    def line_search(self, p: Tensor) -> Tensor:
-        """Move along p to the least energy 1/2 <w, A w> - <w, delta>; return A p."""
+    def line_search(self, p: Tensor) -> None:
+        """Move along p to the least energy 1/2 <w, A w> - <w, delta>."""
         v = self.embedding.adjoint(p.to(self.embedding.mean.dtype))
         jv, dx = self.embedding.push(v)
         p = p.double()
@@ -493,22 +521,48 @@ class _Iterate:
                 "it must be positive. Use beta > 0, and check the samples for NaN."
             )
         step = p @ self.residual / (curvature * size)
+        self.secants.append(step * torch.stack([p, image])[None])
         self.weights = self.weights + step * p
         self.residual = self.residual - step * image
         self.gramian_image = self.gramian_image + step * jv.double()
         step = step.to(v.dtype)
         self.parametric_gradient = self.parametric_gradient + step * v
         self.tangents = self.tangents + step * dx
-        return image
 
     def restart(self) -> None:
-        self._direction = self.residual
+        self._direction = self._precondition(self.residual)
+        self._size = self.residual @ self._direction
 
     def conjugate_step(self) -> None:
-        before = self.residual @ self.residual
         self.line_search(self._direction)
-        ratio = (self.residual @ self.residual) / before
-        self._direction = self.residual + ratio * self._direction
+        z, before = self._precondition(self.residual), self._size
+        self._size = self.residual @ z
+        self._direction = z + (self._size / before) * self._direction
+
+
+def _bfgs_inverse(secants: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return r -> H r for the BFGS approximation H of A^-1 with H A s = s, oldest pair first.
+
+    It starts from the multiple of the identity that fits A along the last step, which is where
+    conjugate gradients come to small eigenvalues. Without pairs H = I.
+    """
+    pairs = [(s, y, s @ y) for s, y in secants if s @ y > 0]
+    if not pairs:
+        return lambda r: r
+    step, _, curvature = pairs[-1]
+    scale = step @ step / curvature
+
+    def apply(r: Tensor) -> Tensor:
+        shares = []
+        for s, y, sy in reversed(pairs):
+            shares.append(s @ r / sy)
+            r = r - shares[-1] * y
+        r = scale * r
+        for s, y, sy in pairs:
+            r = r + (shares.pop() - y @ r / sy) * s
+        return r
+
+    return apply
 
 
 def _check_weights(alpha: float, beta: float) -> None:

@@ -265,6 +265,82 @@ def test_warm_start_near_the_solution_saves_iterations(problem):
     assert torch.equal(zero.weights, cold.weights)
 
 
+def test_secants_are_steps_and_their_images(problem):
+    features, generator, z, gap, jacobian = problem
+    start = torch.randn(RANK)
+    solution = solve_witness(features, generator, z, gap, tolerance=1e-10, initial=start)
+    steps, images = solution.secants.unbind(1)
+    assert len(steps) == 1 + solution.num_iterations  # one along the start
+    assert relative_error(steps.sum(0), solution.weights) < 1e-12
+    system = jacobian @ jacobian.T + 0.01 * torch.eye(RANK)
+    assert relative_error(images, steps @ system) < 1e-10
+
+
+def test_secants_that_span_the_features_leave_one_iteration(problem):
+    features, generator, z, gap, jacobian = problem
+    first = solve_witness(features, generator, z, gap, tolerance=1e-10)
+    assert first.num_iterations == RANK  # conjugate directions: the BFGS formula is exact
+    other = torch.randn(RANK)
+    solution = solve_witness(features, generator, z, other, tolerance=1e-8, secants=first.secants)
+    assert solution.num_iterations == 1
+    assert relative_error(solution.weights, solve_dense(jacobian, other, 1.0, 0.01)) < 1e-8
+    assert len(solution.secants) == RANK + 1
+    assert torch.equal(solution.secants[:RANK], first.secants)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.0])
+def test_preconditioned_iterations_minimise_over_their_krylov_space(problem, beta):
+    features, generator, z, gap, jacobian = problem
+    secants = torch.randn(3, 1, RANK)
+    factor = torch.randn(RANK, RANK)
+    other = factor @ factor.T + torch.eye(RANK)  # of another system, as after an update
+    secants = torch.cat([secants, secants @ other], dim=1)
+    step, image = secants[-1]
+    inverse = (step @ step) / (step @ image) * torch.eye(RANK)
+    for s, y in secants:  # the BFGS formula, dense
+        project = torch.eye(RANK) - torch.outer(s, y) / (s @ y)
+        inverse = project @ inverse @ project.T + torch.outer(s, s) / (s @ y)
+    system = jacobian @ jacobian.T + beta * torch.eye(RANK)
+    basis, krylov = [], inverse @ gap
+    for _ in range(3):
+        basis.append(krylov / krylov.norm())
+        krylov = inverse @ (system @ krylov)
+    v = torch.stack(basis, dim=1)  # the energy is least on span{H delta, H A H delta, ...}
+    expected = v @ torch.linalg.solve(v.T @ system @ v, v.T @ gap)
+    with pytest.warns(WitnessConvergenceWarning):
+        solution = solve_witness(
+            features,
+            generator,
+            z,
+            gap,
+            beta=beta,
+            tolerance=1e-14,
+            max_iterations=3,
+            secants=secants,
+        )
+    assert relative_error(solution.weights, expected) < 1e-8
+
+
+def test_pairs_without_positive_curvature_are_passed_over(problem):
+    features, generator, z, gap, _ = problem
+    nothing = torch.zeros(1, 2, RANK)
+    downhill = torch.stack([gap, -gap])[None]
+    plain = solve_witness(features, generator, z, gap)
+    solution = solve_witness(features, generator, z, gap, secants=torch.cat([nothing, downhill]))
+    assert torch.equal(solution.weights, plain.weights)
+
+
+def test_the_newest_secants_are_kept(problem):
+    features, generator, z, gap, _ = problem
+    many = torch.randn(300, 1, RANK)
+    solution = solve_witness(
+        features, generator, z, gap, tolerance=1e-2, secants=torch.cat([many, 2 * many], dim=1)
+    )
+    assert len(solution.secants) == 256
+    kept = 256 - solution.num_iterations
+    assert torch.equal(solution.secants[:kept, 0], many[-kept:, 0])
+
+
 def test_as_many_iterations_as_distinct_eigenvalues():
     features, z, gap = shake(mlp_features()), torch.randn(8, 3), torch.randn(RANK)
     generator = shake(mlp_generator()).requires_grad_(False)
@@ -352,6 +428,10 @@ def test_constant_features_have_no_derivative(problem):
         ({"max_iterations": -1}, "max_iterations >= 0, got.*-1"),
         ({"gap": torch.ones(RANK + 1)}, rf"gap must have.*{RANK} features, got shape \(7,\)"),
         ({"initial": torch.ones(RANK, 1)}, r"initial must have.*got shape \(6, 1\)"),
+        (
+            {"secants": torch.ones(3, RANK)},
+            r"secants must be of shape \(k, 2, 6\).*got shape \(3, 6\)",
+        ),
         ({"gap": torch.full((RANK,), float("nan"))}, "gap must be finite.*Check the real"),
         ({"initial": torch.full((RANK,), float("nan"))}, "check the samples for NaN"),
         ({"features": nn.Flatten(0)}, r"shape \(8, r\), got \(32,\). Flatten"),
