@@ -238,8 +238,9 @@ class PlateauNoise:
     data and is lowered by a factor each time that MMD^2 of the particles without noise, averaged
     over a window of steps, has fallen by less than a share since the window before. A schedule
     fixed beforehand must guess how long a level is of use; this one measures it. It is no bound:
-    at a large level MMD^2 may rise. For a level with a guarantee see `AdaptiveNoise`, which is far
-    smaller and does not leave a place where the gradient vanishes.
+    at a large level MMD^2 may rise. Below a smallest level the noise ends. For a level with a
+    guarantee see `AdaptiveNoise`, which is far smaller and does not leave a place where the
+    gradient vanishes.
 
     Args:
         initial: Level at step 0, > 0, in the units of the samples: about the spread of the target,
@@ -247,6 +248,9 @@ class PlateauNoise:
         window: Steps over which MMD^2 is averaged, >= 1.
         tolerance: Least relative decrease of that average at which the level is kept, in (0, 1).
         ratio: Factor on the level otherwise, in (0, 1).
+        smallest: Level below which there is no noise, >= 0: about the bandwidth b of the kernel,
+            for noise of level beta sees the witness of a kernel of bandwidth (b^2 + beta^2)^1/2
+            (Gaussian), and what it then adds to b is less than what it costs in jitter.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -267,6 +271,7 @@ class PlateauNoise:
     window: int = 50
     tolerance: float = 0.05
     ratio: float = 0.7
+    smallest: float = 0.0
 
     def __post_init__(self) -> None:
         if not (
@@ -274,10 +279,11 @@ class PlateauNoise:
             and self.window >= 1
             and 0 < self.tolerance < 1
             and 0 < self.ratio < 1
+            and 0 <= self.smallest < math.inf
         ):
             raise ValueError(
                 "PlateauNoise needs a finite initial level > 0, window >= 1, tolerance and ratio "
-                f"in (0, 1), got {self}."
+                f"in (0, 1), smallest >= 0 and finite, got {self}."
             )
 
     def begin(self, mmd2: float) -> tuple[float, float, float]:
@@ -305,7 +311,7 @@ class PlateauNoise:
         average = total / self.window
         if average > (1 - self.tolerance) * reference:
             level *= self.ratio
-        return level, average, 0.0
+        return (level if level >= self.smallest else 0.0), average, 0.0
 
 
 def hessian_constant(kernel: Kernel) -> float:

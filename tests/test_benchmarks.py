@@ -71,8 +71,12 @@ def test_conjugate_gradients_solve_as_the_formed_jacobian(run):
             assert row["error_value"] < 1e-4
     three, dense = (row for row in costs[-4:] if row["solve"] in ("3 iterations", "dense"))
     assert {three["iterations"], dense["iterations"]} == {3, "-"}
-    assert len(tables["starts"]) == 6
-    assert all(row["cold"] > 3 for row in tables["starts"])
+    assert len(tables["starts"]) == 10
+    for row in tables["starts"]:
+        assert row["to_0.01_cold"] > row["to_0.3_cold"] > 0
+        assert row["cold_for_3_warm"] >= 1
+        if row["batches"] == "held" and row["eta"] < 0.1:  # the last inverse is nearly the next
+            assert row["to_0.01_last_inverse"] < 0.5 * row["to_0.01_cold"]
 
 
 def test_estimators_agree_with_float64(run):

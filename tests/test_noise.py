@@ -80,6 +80,7 @@ def test_levels(schedule: NoiseSchedule, expected: list[float]) -> None:
         (lambda: PlateauNoise(1.0, window=0), "window >= 1"),
         (lambda: PlateauNoise(1.0, tolerance=1.0), r"tolerance and ratio in \(0, 1\)"),
         (lambda: PlateauNoise(1.0, ratio=0.0), r"tolerance and ratio in \(0, 1\)"),
+        (lambda: PlateauNoise(1.0, smallest=-0.1), "smallest >= 0 and finite, got.*-0.1"),
     ],
 )
 def test_levels_out_of_range_are_refused(build, message: str) -> None:
