@@ -37,8 +37,8 @@ from lightning_mmd.noise import (
     HalvingNoise,
     NoiseSchedule,
     PlateauNoise,
-    negative_sobolev_distance,
 )
+from lightning_mmd.sobolev import negative_sobolev_distance
 
 Noise = NoiseSchedule | AdaptiveNoise | PlateauNoise | None
 KERNEL = Gaussian(0.4)

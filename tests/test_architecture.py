@@ -16,6 +16,7 @@ FLOORS = {
     "mmd": 2,
     "damping": 3,
     "noise": 3,
+    "sobolev": 3,
     "witness": 3,
     "penalties": 3,
     "flows": 4,
