@@ -299,6 +299,8 @@ def sample(
         seed: Of the latents.
     """
     check_checkpoint(ckpt_path)
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}.")
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must be a .png file, got {output}.")
     try:
@@ -345,6 +347,7 @@ def run(args: ArgsType = None) -> None:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
+            "prog": "lightning-mmd",
             "description": _DESCRIPTION,
             "exit_on_error": False,
             **{name: {"exit_on_error": False} for name in MMDCLI.subcommands()},

@@ -45,7 +45,7 @@ class MaximumMeanDiscrepancy(Metric):
     Raises:
         ValueError: From `update`, where samples differ in shape; from `compute`, where a side has
             fewer than 2 samples (unbiased) or none (biased).
-        TypeError: From `update`, where samples are not floating point.
+        TypeError: If the kernel is none; from `update`, where samples are not floating point.
 
     Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, lemma 6 (unbiased: equation 3,
     biased: equation 5).
@@ -77,6 +77,11 @@ class MaximumMeanDiscrepancy(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"a discrepancy needs a kernel such as Gaussian(bandwidth), got {kernel!r}. Others "
+                "are in lightning_mmd.kernels; your own derives from Kernel."
+            )
         self.kernel = kernel
         self.unbiased = unbiased
         self.block_size = block_size

@@ -158,6 +158,11 @@ def measure_on_one_rank(rank, path, parts_x, parts_y, results):
     dist.destroy_process_group()
 
 
+def test_what_is_no_kernel_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"needs a kernel such as Gaussian.*got 'rbf'"):
+        MaximumMeanDiscrepancy("rbf")
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_two_processes_equal_one(tmp_path):
     x, y = draw(19, 2, 3), draw(11, 2, 3, seed=1, shift=0.3)
