@@ -110,14 +110,15 @@ def exact_secants(system: Tensor) -> Tensor:
 def warm_start(
     learned: bool, fresh: bool, eta: float, num_features: int, num_updates: int, batch_size: int
 ) -> dict[str, Any]:
-    """Train on digits, and count iterations of every update's solve from several starts.
+    """Train on digits, and count products with J J^T in every update's solve from several starts.
 
-    Cold: from zero. Warm: from the last weights. Secants: from the last weights, preconditioned by
-    the steps of earlier solves. Last inverse: from the last weights, preconditioned by the exact
-    inverse of the last update's system: all that the last update could tell. Each start carries its
-    own weights along. Iterations to two tolerances; the residual that 3 iterations leave, as many
-    as a training makes; and how many from zero leave what 3 from the last weights do. Latents and
-    images are new in every update or held; features, where learned, ascend.
+    Cold: from zero, a product each iteration. Warm: from the last weights, whose line search is a
+    product more. Secants: warm, and preconditioned by the steps of earlier solves. Each of these
+    carries its own weights along. Last inverse: from the last weights of the training, which solves
+    to 0.01, preconditioned by the exact inverse of the last update's system: all that it could
+    tell. Beside the products to two tolerances, the residual that 3 iterations leave, as many as a
+    training makes, and how many from zero leave what 3 warm ones do. Latents and images are new in
+    every update or held; features, where learned, ascend.
     """
     torch.manual_seed(0)
     data = DigitsDataModule(batch_size=batch_size)
@@ -151,12 +152,12 @@ def warm_start(
                 secants=before.secants if before and start == "secants" else None,
             )
             last[f"{limit}_{start}"] = solution
-            to_tolerance = limit in TO_TOLERANCE
-            row[f"{limit}_{start}"] = solution.num_iterations if to_tolerance else solution.residual
+            products = solution.num_iterations + (before is not None)
+            row[f"{limit}_{start}"] = products if limit in TO_TOLERANCE else solution.residual
         enough = solve(tolerance=row["residual_3_warm"], max_iterations=500)
         row["cold_for_3_warm"] = enough.num_iterations
         informed = solve(**TO_TOLERANCE["to_0.01"], initial=weights, secants=inverse)
-        row["to_0.01_last_inverse"] = informed.num_iterations
+        row["to_0.01_last_inverse"] = informed.num_iterations + 1
         solution = last["to_0.01_secants"]
         weights = solution.weights
         inverse = exact_secants(dense_system(features, generator, z))

@@ -7,8 +7,8 @@ Gaussians on a ring, all particles at one of them, a kernel much narrower than t
 would try a grid of schedules on a few runs and keep the best: the three best of them are played on
 new seeds against two rules that adapt. `AdaptiveNoise` takes the largest level with a guaranteed
 descent. `PlateauNoise` lowers the level where the flow rests, from the root-mean-square distance of
-the target's points from their mean to the kernel's bandwidth, below which it ends. All MMD^2 are
-biased, in the flow's own kernel, and thus at least 0.
+the target's points from their mean to the kernel's bandwidth, below which it ends, and stays under
+a line that ends with the run. All MMD^2 are biased, in the flow's own kernel, and thus at least 0.
 
 The column `stuck` gauges whether the plain flow could go on from the end: the regularised negative
 Sobolev distance as a share of the largest value that it can have, MMD / sqrt(epsilon). Where no
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, pstdev
 
 import torch
 from jsonargparse import auto_cli
@@ -45,6 +45,8 @@ KERNEL = Gaussian(0.4)
 STEP_SIZE = 1.0
 EPSILON = 1e-4
 PLAIN, GUARANTEED, PLATEAU = "no noise", "AdaptiveNoise", "PlateauNoise"
+LINE = "PlateauNoise that only follows its line"
+TUNING, FRESH = 100, 200  # first seeds
 
 
 def hand_tuned(num_steps: int) -> dict[str, Noise]:
@@ -78,11 +80,11 @@ def play(seed: int, noise: Noise, num_steps: int, num_particles: int) -> Iterato
     return point_flow(y, x, KERNEL, step_size=STEP_SIZE, num_steps=num_steps, noise=noise, rng=rng)
 
 
-def plateau(num_particles: int) -> PlateauNoise:
-    """Return the rule with its defaults, from the data's own size down to the kernel's."""
-    x, _ = start(0, num_particles)
+def plateau(num_steps: int, num_particles: int, **options: int) -> PlateauNoise:
+    """Return the rule with what is known of the run: sizes of data and kernel, and its length."""
+    x, _ = start(TUNING, num_particles)
     spread = float((x - x.mean(0)).square().sum(1).mean().sqrt())
-    return PlateauNoise(spread, smallest=KERNEL.bandwidth)
+    return PlateauNoise(spread, smallest=KERNEL.bandwidth, until=num_steps, **options)
 
 
 def stuck(x: Tensor, y: Tensor, mmd2: float) -> float:
@@ -130,17 +132,24 @@ def follow(noise: Noise, seeds: range, num_steps: int, num_particles: int) -> Re
     )
 
 
+def paired_ratio(finals: list[float], reference: list[float]) -> dict[str, float]:
+    """Return the geometric mean of the ratios of the same runs, and its relative standard error."""
+    logs = [math.log(a / b) for a, b in zip(finals, reference, strict=False)]
+    error = pstdev(logs) / math.sqrt(max(1, len(logs) - 1))
+    return {"over_best_tuned": math.exp(mean(logs)), "standard_error": error}
+
+
 def draw(shown: dict[str, Result], num_particles: int, path: Path) -> None:
-    """Draw where the particles of seed 0 end, and every seed's curve and noise."""
+    """Draw where the particles of the first seed end, and every seed's curve and noise."""
     figure = new_figure(3.1 * (len(shown) + 2), 3.1)
     *panels, curve_axes, level_axes = figure.subplots(1, len(shown) + 2)
-    x, _ = start(0, num_particles)
+    x, _ = start(FRESH, num_particles)
     for number, (axes, (name, result)) in enumerate(zip(panels, shown.items(), strict=True)):
         axes.plot(*x.T, ".", color="0.75", ms=2)
         axes.plot(*result.ends[0].particles.T, "o", color=f"C{number}", ms=2.5)
         axes.set(title=name, xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
-        for seed, (curve, levels) in enumerate(zip(result.curves, result.levels, strict=True)):
-            style = {"color": f"C{number}", "lw": 0.6, "label": name if seed == 0 else None}
+        for run, (curve, levels) in enumerate(zip(result.curves, result.levels, strict=True)):
+            style = {"color": f"C{number}", "lw": 0.6, "label": name if run == 0 else None}
             curve_axes.semilogy(curve, **style)
             level_axes.semilogy(range(1, len(levels)), levels[1:], **style)
     curve_axes.set(xlabel="steps", title="MMD$^2$")
@@ -152,7 +161,7 @@ def draw(shown: dict[str, Result], num_particles: int, path: Path) -> None:
 
 
 def main(
-    seeds: int = 20,
+    seeds: int = 60,
     tuning_seeds: int = 5,
     num_steps: int = 1500,
     num_particles: int = 160,
@@ -161,48 +170,50 @@ def main(
     """Play all schedules; print, save tables and figure; return the tables.
 
     Args:
-        seeds: Runs of the rules that adapt and of the best schedules of the grid.
-        tuning_seeds: Runs of every schedule of the grid, with other seeds, from 100 on.
+        seeds: Runs of `PlateauNoise` and of the best schedules of the grid.
+        tuning_seeds: Runs of every schedule of the grid, with other seeds, and of the two that stay
+            far behind, which need no more.
         num_steps: Steps of a run.
         num_particles: Particles, and points of the target.
         directory: Where tables and figure go.
     """
     torch.set_default_dtype(torch.float64)
-    tuning, fresh = range(100, 100 + tuning_seeds), range(seeds)
+    tuning, fresh = range(TUNING, TUNING + tuning_seeds), range(FRESH, FRESH + seeds)
     grid = hand_tuned(num_steps)
     tuned = {name: follow(noise, tuning, num_steps, num_particles) for name, noise in grid.items()}
     best, *others = sorted(tuned, key=lambda name: tuned[name].median)[:3]
     players: dict[str, Noise] = {
         PLAIN: None,
         GUARANTEED: AdaptiveNoise(largest=KERNEL.bandwidth),
-        PLATEAU: plateau(num_particles),
+        PLATEAU: plateau(num_steps, num_particles),
+        LINE: plateau(num_steps, num_particles, window=num_steps + 1),
         **{name: grid[name] for name in (best, *others)},
     }
+    few = fresh[:tuning_seeds]
     results = {
-        name: follow(noise, fresh, num_steps, num_particles) for name, noise in players.items()
+        name: follow(noise, few if name in (PLAIN, GUARANTEED) else fresh, num_steps, num_particles)
+        for name, noise in players.items()
     }
     table: list[dict[str, object]] = [
         {
-            "seeds": f"{played[0]}-{played[-1]}",
+            "seeds": f"{first}-{first + len(result.ends) - 1}",
             "noise": name,
             "mmd2_median": result.median,
             "mmd2_min": min(result.finals),
             "mmd2_max": max(result.finals),
-            "over_best_tuned": median(
-                a / b for a, b in zip(result.finals, reference.finals, strict=True)
-            ),
+            **paired_ratio(result.finals, reference.finals),
             "cpu_seconds": round(result.cpu_seconds, 1),
         }
-        for played, some, reference in (
-            (fresh, results, results[best]),
-            (tuning, tuned, tuned[best]),
+        for first, some, reference in (
+            (FRESH, results, results[best]),
+            (TUNING, tuned, tuned[best]),
         )
         for name, result in some.items()
     ]
     shown = {name: results[name] for name in (PLAIN, GUARANTEED, PLATEAU, best)}
     ends = []
     for name, result in shown.items():
-        for seed, state in enumerate(result.ends):
+        for seed, state in zip(fresh, result.ends, strict=False):
             x, _ = start(seed, num_particles)
             gauge = stuck(x, state.particles, state.mmd2)
             found = num_modes_found(state.particles)

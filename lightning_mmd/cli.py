@@ -290,7 +290,7 @@ def sample(
 
     Args:
         ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote.
-        num: How many samples; take thousands for points in the plane.
+        num: How many samples, >= 1; take thousands for points in the plane.
         output: The PNG file.
         num_columns: Images in a row.
         scale: Enlarges every pixel to scale x scale.

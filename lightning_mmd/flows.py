@@ -157,7 +157,7 @@ def _point_flow(
             if isinstance(noise, AdaptiveNoise):
                 level = _adapted_level(noise, state, witness, kernel, u)
             elif isinstance(noise, PlateauNoise):
-                level = memory[0] if memory else 0.0
+                level = noise.level(memory, state.step) if memory else 0.0
             else:
                 level = noise.level(state.step)
         y = y + step_size * witness.gradient(y + level * u)
@@ -200,7 +200,6 @@ class GeneratorState:
             `torch.func.functional_call` and, with strict=False, of `load_state_dict`.
         velocity: J^T w, the flow's direction at these parameters, flat, (P,).
         weights: w of the witness at these parameters, (r,).
-        secants: Steps of its solve and their images, (k, 2, r), which precondition the next one.
         step: Number of steps made.
         time: Sum of the step sizes.
         energy: F = 1/2 ||delta||^2, half of MMD^2 in the features.
@@ -217,7 +216,6 @@ class GeneratorState:
     parameters: dict[str, Tensor]
     velocity: Tensor
     weights: Tensor
-    secants: Tensor
     step: int
     time: float
     energy: float
@@ -304,7 +302,6 @@ def generator_flow(
             tolerance=tolerance,
             max_iterations=max_iterations,
             initial=None if previous is None else previous.weights,
-            secants=None if previous is None else previous.secants,
         )
         if not solution.residual <= tolerance:
             warnings.warn(
@@ -321,7 +318,6 @@ def generator_flow(
             parameters=parameters,
             velocity=velocity,
             weights=w,
-            secants=solution.secants,
             step=0 if previous is None else previous.step + 1,
             time=0.0 if previous is None else previous.time + step_size,
             energy=energy,

@@ -45,7 +45,8 @@ class MaximumMeanDiscrepancy(Metric):
     Raises:
         ValueError: From `update`, where samples differ in shape; from `compute`, where a side has
             fewer than 2 samples (unbiased) or none (biased).
-        TypeError: If the kernel is none; from `update`, where samples are not floating point.
+        TypeError: If `kernel` is not a `Kernel`; from `update`, where samples are not floating
+            point.
 
     Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, lemma 6 (unbiased: equation 3,
     biased: equation 5).

@@ -233,9 +233,10 @@ class PlateauNoise:
     data and is lowered by a factor each time that MMD^2 of the particles without noise, averaged
     over a window of steps, has fallen by less than a share since the window before. A schedule
     fixed beforehand must guess how long a level is of use; this one measures it. It is no bound:
-    at a large level MMD^2 may rise. Below a smallest level the noise ends. For a level with a
-    guarantee see `AdaptiveNoise`, which is far smaller and does not leave a place where the
-    gradient vanishes.
+    at a large level MMD^2 may rise. Where the length of the run is known, the level stays under the
+    line that ends there, so that the last steps are without noise. For a level with a guarantee
+    see `AdaptiveNoise`, which is far smaller and does not leave a place where the gradient
+    vanishes.
 
     Args:
         initial: Level at step 0, > 0, in the units of the samples: about the spread of the target,
@@ -243,9 +244,11 @@ class PlateauNoise:
         window: Steps over which MMD^2 is averaged, >= 1.
         tolerance: Least relative decrease of that average at which the level is kept, in (0, 1).
         ratio: Factor on the level otherwise, in (0, 1).
-        smallest: Level below which there is no noise, >= 0: about the bandwidth b of the kernel,
-            for noise of level beta sees the witness of a kernel of bandwidth (b^2 + beta^2)^1/2
-            (Gaussian), and what it then adds to b is less than what it costs in jitter.
+        smallest: Level below which there is no noise, in [0, initial]. Noise of level beta smooths
+            a Gaussian kernel of bandwidth b to (b^2 + beta^2)^1/2, so levels below b change little
+            but the jitter: b is a good choice.
+        until: Step at which a line from the initial level comes to 0 that the level stays under,
+            >= 1: the number of steps of the run. No line when not given.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -258,15 +261,16 @@ class PlateauNoise:
         >>> memory = noise.begin(mmd2=8.0)
         >>> for step, mmd2 in enumerate([8.0, 4.0, 4.0, 2.0, 3.0, 3.0], start=1):
         ...     memory = noise.advance(memory, step, mmd2)
-        >>> memory[0]  # window averages 6, 3 and 3: the last brought nothing
+        >>> noise.level(memory, step=6)  # window averages 6, 3 and 3: the last brought nothing
         0.5
     """
 
     initial: float
     window: int = 50
     tolerance: float = 0.05
-    ratio: float = 0.7
+    ratio: float = 0.8
     smallest: float = 0.0
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -274,15 +278,17 @@ class PlateauNoise:
             and self.window >= 1
             and 0 < self.tolerance < 1
             and 0 < self.ratio < 1
-            and 0 <= self.smallest < math.inf
+            and 0 <= self.smallest <= self.initial
+            and (self.until is None or self.until >= 1)
         ):
             raise ValueError(
                 "PlateauNoise needs a finite initial level > 0, window >= 1, tolerance and ratio "
-                f"in (0, 1), smallest >= 0 and finite, got {self}."
+                "in (0, 1), smallest in [0, initial] and until >= 1 or None, got "
+                f"{self}."
             )
 
     def begin(self, mmd2: float) -> tuple[float, float, float]:
-        """Return the memory before the first step: level, last average, and sum of this window.
+        """Return the memory before the first step: level, last average and sum of this window.
 
         Args:
             mmd2: MMD^2 at the start.
@@ -292,7 +298,7 @@ class PlateauNoise:
     def advance(
         self, memory: tuple[float, float, float], step: int, mmd2: float
     ) -> tuple[float, float, float]:
-        """Return the memory after a step; its first entry is the level of the next one.
+        """Return the memory after a step.
 
         Args:
             memory: That before the step.
@@ -306,7 +312,18 @@ class PlateauNoise:
         average = total / self.window
         if average > (1 - self.tolerance) * reference:
             level *= self.ratio
-        return (level if level >= self.smallest else 0.0), average, 0.0
+        return level, average, 0.0
+
+    def level(self, memory: tuple[float, float, float], step: int) -> float:
+        """Return the level of a step.
+
+        Args:
+            memory: That before the step.
+            step: Number of steps made before.
+        """
+        line = math.inf if self.until is None else self.initial * (1 - step / self.until)
+        level = min(memory[0], line)
+        return level if level >= self.smallest else 0.0  # the line goes on below 0
 
 
 def hessian_constant(kernel: Kernel) -> float:

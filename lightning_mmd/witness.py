@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-_MOST_SECANTS = 256
+_MOST_SECANTS = 256  # more would cost more than they tell: 2 r numbers each
 
 
 class WitnessConvergenceWarning(UserWarning):
@@ -264,8 +264,8 @@ class WitnessSolution:
         alpha: Weight of the parametric-gradient penalty.
         beta: Weight of the RKHS norm.
         secants: The steps s that led to w and their images (alpha J J^T + beta I) s, float64, of
-            shape (k, 2, r), after those that the solve was given; the newest 256 of them. The
-            next solve's preconditioner is made of them.
+            shape (k, 2, r), after those that the solve was given; the newest 256
+            of them. The next solve can be preconditioned with them.
     """
 
     weights: Tensor
@@ -345,9 +345,12 @@ def solve_witness(
         max_iterations: Most iterations, >= 0.
         initial: Weights to start from, of shape (r,), such as those of the last update. They are
             scaled first so that the energy along their line is least.
-        secants: ``secants`` of an earlier solution, of shape (k, 2, r): its steps precondition this
-            solve, by the BFGS formula. Of use where latents and features have changed little since,
-            as along `generator_flow`; a new batch of latents changes more than they know.
+        secants: ``secants`` of an earlier solution with the same alpha and beta, of shape
+            (k, 2, r): its steps and images precondition this solve by the BFGS formula, those of
+            positive curvature. That saves iterations where the system has changed by little more
+            than beta since, in norm, and slows them down or stalls them where it has changed by
+            much more; three iterations on a new batch gain nothing. An iteration then costs O(k r)
+            operations more.
 
     Returns:
         The solution, with its residual.
@@ -360,7 +363,8 @@ def solve_witness(
 
     Source:
         Mroueh & Nguyen, arXiv 2011.02402: f = (alpha D + beta I)^-1 (mu_p - mu_q), D = L^T L.
-        Preconditioner: Morales & Nocedal 2000, SIAM J. Optim. 10(4).
+        Preconditioner: after Morales & Nocedal 2000, SIAM J. Optim. 10(4), who keep some pairs of
+        the last solve; here all pairs of several are kept.
     """
     if isinstance(features, nn.Module):
         refuse_shared_parameters(features, generator)
@@ -379,7 +383,8 @@ def solve_witness(
         warnings.warn(
             f"the witness has a relative residual of {solution.residual:.2g} after "
             f"{solution.num_iterations} iterations, more than the tolerance {tolerance:.2g}. Raise "
-            "max_iterations or beta, or start from the last weights (initial).",
+            "max_iterations or beta, or start from the last weights (initial)"
+            + ("." if secants is None else ", without secants: the system has changed too much."),
             WitnessConvergenceWarning,
             stacklevel=2,
         )
@@ -446,11 +451,15 @@ def solve_embedding(
             f"secants must be of shape (k, 2, {len(gap)}), the secants of an earlier solution, got "
             f"shape {tuple(secants.shape)}."
         )
+    if not secants.isfinite().all():
+        raise ValueError(
+            "secants must be finite, got NaN or infinite entries: the solve that they come from "
+            "has diverged. Start without secants."
+        )
     secants = secants.detach().double()
     iterate = _Iterate(embedding, gap.detach(), alpha, beta, _bfgs_inverse(secants))
     if initial is not None and bool(initial.any()):
         iterate.line_search(initial.detach())
-    iterate.restart()
     size = iterate.gap.norm()
     num_iterations = 0
     while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
@@ -496,6 +505,7 @@ class _Iterate:
         self.residual = self.gap.clone()
         self.gramian_image = torch.zeros_like(self.gap)
         self._precondition = precondition
+        self._direction, self._size = torch.zeros_like(self.gap), math.inf
         self.secants: list[Tensor] = []
         self._largest_curvature = 0.0
         self.parametric_gradient = torch.zeros(
@@ -529,38 +539,38 @@ class _Iterate:
         self.parametric_gradient = self.parametric_gradient + step * v
         self.tangents = self.tangents + step * dx
 
-    def restart(self) -> None:
-        self._direction = self._precondition(self.residual)
-        self._size = self.residual @ self._direction
-
     def conjugate_step(self) -> None:
+        z = self._precondition(self.residual)
+        size = self.residual @ z
+        self._direction = z + (size / self._size) * self._direction
+        self._size = size
         self.line_search(self._direction)
-        z, before = self._precondition(self.residual), self._size
-        self._size = self.residual @ z
-        self._direction = z + (self._size / before) * self._direction
 
 
 def _bfgs_inverse(secants: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return r -> H r for the BFGS approximation H of A^-1 with H A s = s, oldest pair first.
+    """Return r -> H r, H the BFGS approximation of A^-1 from pairs s, y = A s, the oldest first.
 
-    It starts from the multiple of the identity that fits A along the last step, which is where
-    conjugate gradients come to small eigenvalues. Without pairs H = I.
+    H y = s for the newest pair, and for all of them where they are conjugate. It starts from the
+    multiple of the identity that fits A along the newest, which is where conjugate gradients come
+    to small eigenvalues. Without pairs H = I.
+
+    Compact form: Byrd, Nocedal & Schnabel 1994, Math. Program. 63, theorem 2.2.
     """
-    pairs = [(s, y, s @ y) for s, y in secants if s @ y > 0]
-    if not pairs:
+    s, y = secants[(secants[:, 0] * secants[:, 1]).sum(1) > 0].unbind(1)
+    if not len(s):
         return lambda r: r
-    step, _, curvature = pairs[-1]
-    scale = step @ step / curvature
+    products = s @ y.T
+    scale = s[-1] @ s[-1] / products[-1, -1]
+    upper = products.triu()
+    middle = products.diag().diag() + scale * y @ y.T
+
+    def solve(b: Tensor, *, transposed: bool = False) -> Tensor:
+        matrix = upper.T if transposed else upper
+        return torch.linalg.solve_triangular(matrix, b[:, None], upper=not transposed)[:, 0]
 
     def apply(r: Tensor) -> Tensor:
-        shares = []
-        for s, y, sy in reversed(pairs):
-            shares.append(s @ r / sy)
-            r = r - shares[-1] * y
-        r = scale * r
-        for s, y, sy in pairs:
-            r = r + (shares.pop() - y @ r / sy) * s
-        return r
+        t = solve(s @ r)
+        return scale * (r - t @ y) + solve(middle @ t - scale * y @ r, transposed=True) @ s
 
     return apply
 

@@ -73,10 +73,11 @@ def test_conjugate_gradients_solve_as_the_formed_jacobian(run):
     assert {three["iterations"], dense["iterations"]} == {3, "-"}
     assert len(tables["starts"]) == 10
     for row in tables["starts"]:
-        assert row["to_0.01_cold"] > row["to_0.3_cold"] > 0
-        assert row["cold_for_3_warm"] >= 1
-        if row["batches"] == "held" and row["eta"] < 0.1:  # the last inverse is nearly the next
+        if row["batches"] == "held" and row["eta"] < 0.1:  # the next system is nearly the last
             assert row["to_0.01_last_inverse"] < 0.5 * row["to_0.01_cold"]
+            assert row["to_0.01_secants"] < row["to_0.01_warm"] <= row["to_0.01_cold"]
+            assert row["residual_3_warm"] < row["residual_3_cold"]
+            assert row["cold_for_3_warm"] > 3
 
 
 def test_estimators_agree_with_float64(run):

@@ -280,8 +280,11 @@ def test_sample_says_why_a_module_made_in_python_does_not_load(tmp_path):
     trainer.save_checkpoint(tmp_path / "python.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="made in Python"):
         run(["sample", f"--ckpt_path={tmp_path / 'python.ckpt'}"])
+
+
+def test_sample_refuses_to_draw_nothing(checkpoint):
     with pytest.raises(ValueError, match="--num must be at least 1, got 0"):
-        run(["sample", f"--ckpt_path={tmp_path / 'python.ckpt'}", "--num=0"])
+        run(["sample", f"--ckpt_path={checkpoint}", "--num=0"])
 
 
 def test_callbacks_and_their_schedules_go_by_bare_name(tmp_path):

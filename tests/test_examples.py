@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mmd.noise import ConstantNoise, GeometricNoise, PlateauNoise
+from lightning_mmd.noise import ConstantNoise, GeometricNoise
 from lightning_mmd.verdicts import swings
 
 ROOT = Path(__file__).parent.parent
@@ -200,23 +200,23 @@ def test_noise_frees_a_point_flow_that_is_stuck(tmp_path, monkeypatch):
     example = load(ROOT / "examples/point_flow.py")
     few = {"geometric": GeometricNoise(2.0, 0.99), "constant": ConstantNoise(1.0, 300)}
     monkeypatch.setattr(example, "hand_tuned", lambda _: few)
-    monkeypatch.setattr(example, "plateau", lambda _: PlateauNoise(2.0, window=20))
     tables = example.main(
-        seeds=2, tuning_seeds=1, num_steps=500, num_particles=40, directory=tmp_path
+        seeds=2, tuning_seeds=2, num_steps=500, num_particles=40, directory=tmp_path
     )
-    fresh = [row for row in tables["schedules"] if row["seeds"] == "0-1"]
+    fresh = [row for row in tables["schedules"] if row["seeds"] == "200-201"]
     ends = {row["noise"]: row["mmd2_median"] for row in fresh}
     tuned = {row["noise"]: row["mmd2_median"] for row in tables["schedules"] if row not in fresh}
     assert tuned.keys() == few.keys()
-    assert fresh[3]["noise"] == min(tuned, key=tuned.__getitem__)
-    assert fresh[3]["over_best_tuned"] == 1
+    assert fresh[4]["noise"] == min(tuned, key=tuned.__getitem__)
+    assert (fresh[4]["over_best_tuned"], fresh[4]["standard_error"]) == (1, 0)
+    assert example.paired_ratio([1.0, 8.0], [1.0, 2.0])["over_best_tuned"] == pytest.approx(2)
     assert ends["no noise"] > 0.01
     assert ends["AdaptiveNoise"] > 0.5 * ends["no noise"]  # its level is bounded by the kernel's
     assert 0 < ends["PlateauNoise"] < 0.5 * ends["no noise"]
     modes = {(row["noise"], row["seed"]): row["modes"] for row in tables["ends"]}
-    assert all(modes["PlateauNoise", seed] > modes["no noise", seed] for seed in (0, 1))
+    assert all(modes["PlateauNoise", seed] > modes["no noise", seed] for seed in (200, 201))
     assert all(0 <= row["stuck"] <= 1 + 1e-6 for row in tables["ends"])
-    assert (tmp_path / "results/point_flow.csv").read_text().count("\n") == 8
+    assert (tmp_path / "results/point_flow.csv").read_text().count("\n") == 9
     assert (tmp_path / "figures/point_flow.png").stat().st_size > 10_000
 
 

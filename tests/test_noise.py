@@ -63,7 +63,9 @@ def test_levels(schedule: NoiseSchedule, expected: list[float]) -> None:
         (lambda: PlateauNoise(1.0, window=0), "window >= 1"),
         (lambda: PlateauNoise(1.0, tolerance=1.0), r"tolerance and ratio in \(0, 1\)"),
         (lambda: PlateauNoise(1.0, ratio=0.0), r"tolerance and ratio in \(0, 1\)"),
-        (lambda: PlateauNoise(1.0, smallest=-0.1), "smallest >= 0 and finite, got.*-0.1"),
+        (lambda: PlateauNoise(1.0, smallest=-0.1), r"smallest in \[0, initial\].*got.*-0.1"),
+        (lambda: PlateauNoise(1.0, until=0), "until >= 1 or None, got.*until=0"),
+        (lambda: PlateauNoise(1.0, smallest=1.1), r"smallest in \[0, initial\].*got.*1.1"),
     ],
 )
 def test_levels_out_of_range_are_refused(build, message: str) -> None:
