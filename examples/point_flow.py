@@ -122,14 +122,17 @@ class Result:
 
 def follow(noise: Noise, seeds: range, num_steps: int, num_particles: int) -> Result:
     """Follow the flow of every seed to its end."""
-    begin = time.process_time()
-    flows = [list(play(seed, noise, num_steps, num_particles)) for seed in seeds]
-    return Result(
-        curves=[[state.mmd2 for state in states] for states in flows],
-        levels=[[state.noise for state in states] for states in flows],
-        ends=[states[-1] for states in flows],
-        cpu_seconds=time.process_time() - begin,
-    )
+    result, begin = Result([], [], [], 0.0), time.process_time()
+    for seed in seeds:
+        curve, levels = [], []
+        for state in play(seed, noise, num_steps, num_particles):
+            curve.append(state.mmd2)
+            levels.append(state.noise)
+        result.curves.append(curve)
+        result.levels.append(levels)
+        result.ends.append(state)
+    result.cpu_seconds = time.process_time() - begin
+    return result
 
 
 def paired_ratio(finals: list[float], reference: list[float]) -> dict[str, float]:
@@ -161,7 +164,7 @@ def draw(shown: dict[str, Result], num_particles: int, path: Path) -> None:
 
 
 def main(
-    seeds: int = 60,
+    seeds: int = 30,
     tuning_seeds: int = 5,
     num_steps: int = 1500,
     num_particles: int = 160,
