@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-_MOST_SECANTS = 256  # more would cost more than they tell: 2 r numbers each
+_MOST_SECANTS = 256  # of 2 r numbers each
 
 
 class WitnessConvergenceWarning(UserWarning):
@@ -264,8 +264,8 @@ class WitnessSolution:
         alpha: Weight of the parametric-gradient penalty.
         beta: Weight of the RKHS norm.
         secants: The steps s that led to w and their images (alpha J J^T + beta I) s, float64, of
-            shape (k, 2, r), after those that the solve was given; the newest 256
-            of them. The next solve can be preconditioned with them.
+            shape (k, 2, r), after those that the solve was given; the newest 256 of them. The
+            next solve can be preconditioned with them.
     """
 
     weights: Tensor
@@ -446,12 +446,12 @@ def solve_embedding(
         )
     if secants is None:
         secants = gap.new_zeros(0, 2, len(gap))
-    if secants.ndim != 3 or secants.shape[1:] != (2, len(gap)):
+    elif secants.ndim != 3 or secants.shape[1:] != (2, len(gap)):
         raise ValueError(
             f"secants must be of shape (k, 2, {len(gap)}), the secants of an earlier solution, got "
             f"shape {tuple(secants.shape)}."
         )
-    if not secants.isfinite().all():
+    elif not secants.isfinite().all():
         raise ValueError(
             "secants must be finite, got NaN or infinite entries: the solve that they come from "
             "has diverged. Start without secants."
@@ -556,6 +556,8 @@ def _bfgs_inverse(secants: Tensor) -> Callable[[Tensor], Tensor]:
 
     Compact form: Byrd, Nocedal & Schnabel 1994, Math. Program. 63, theorem 2.2.
     """
+    if not len(secants):
+        return lambda r: r
     s, y = secants[(secants[:, 0] * secants[:, 1]).sum(1) > 0].unbind(1)
     if not len(s):
         return lambda r: r
