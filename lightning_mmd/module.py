@@ -289,7 +289,7 @@ class MMDGAN(LightningModule):
             raise ValueError(f"sample needs num >= 1 and as many latents, got {num} and {length}.")
         latents = self.sample_latents(num) if latents is None else latents
         generator = self._averaged[0].to(self.device) if self._averaged else self.generator
-        with _evaluating(generator):
+        with evaluating(generator):
             return generator(latents)
 
     @property
@@ -352,7 +352,7 @@ class MMDGAN(LightningModule):
                 samples, or its samples do not have the shape of the trainer's data.
         """
         z = self.fixed_latents(2)
-        with torch.no_grad(), _evaluating(self.generator), _evaluating(self.critic):
+        with torch.no_grad(), evaluating(self.generator), evaluating(self.critic):
             try:
                 x = self.generator(z)
             except Exception as error:
@@ -529,7 +529,7 @@ class MMDGAN(LightningModule):
         num = len(real)
         z = self.sample_latents(num)
         if self.critic_step == 0:
-            with torch.no_grad(), full_precision(self.device), _evaluating(self.generator):
+            with torch.no_grad(), full_precision(self.device), evaluating(self.generator):
                 self._check_shapes(real, self.generator(z[:1]))
         penalised, plain = z.tensor_split([self._num_penalised(num)])
         reduce = self._penalty_reduction(penalised, num)
@@ -1027,7 +1027,8 @@ def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode for a while, and every part back into the mode that it had."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:

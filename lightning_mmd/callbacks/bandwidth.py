@@ -36,9 +36,8 @@ class BandwidthSchedule(Callback):
         target: Attribute of the LightningModule, dotted if need be.
 
     Raises:
-        ValueError: If a number is out of range; at the start of training, if the target holds no
-            bandwidth.
-        ValueError: At the start of training, if there is no such attribute.
+        ValueError: If a number is out of range; at the start of training, if there is no such
+            attribute or it holds no bandwidth.
 
     Source:
         Becker et al., arXiv 2305.08277: shrinking the kernel's effective width in training helps.

@@ -22,7 +22,7 @@ from lightning_mmd.callbacks.images import training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
-from lightning_mmd.module import DivergedError
+from lightning_mmd.module import DivergedError, evaluating
 from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
 
@@ -72,9 +72,9 @@ class ConvergenceMonitor(GeneratorCadence):
             scaled to the whole number.
 
     Raises:
-        ValueError: If a number is out of range; at the start, if there are fewer than 10 images.
+        ValueError: If a number is out of range; at set-up, if the module has no such critic or
+            generator; at the start, if there are fewer than 10 images.
         TypeError: If the training data cannot be read by index.
-        ValueError: At set-up, if the module has no such critic or generator.
 
     Source:
         See `lightning_mmd.verdicts.judge`; Turinici, arXiv 2012.10410, for acting on a collapse.
@@ -229,13 +229,8 @@ class ConvergenceMonitor(GeneratorCadence):
         if self.critic is None:
             return None
         critic = self._watched().get_submodule(self.critic)
-        training = [module for module in critic.modules() if module.training]
-        critic.eval()
-        try:
+        with evaluating(critic):
             return evaluate_critic(critic, points).double()
-        finally:
-            for module in training:
-                module.training = True
 
     def _mmd2(self, fake: Tensor) -> float:
         flat = self._real.flatten(1)

@@ -47,8 +47,7 @@ class GeneratorEMA(Callback):
         generator: Attribute of the LightningModule that holds the generator.
 
     Raises:
-        ValueError: If a number is not positive.
-        ValueError: At set-up, if the module has no such attribute.
+        ValueError: If a number is not positive; at set-up, if the module has no such attribute.
 
     Source:
         Karras et al. 2018, arXiv 1710.10196 (averaged generators); Karras et al. 2022, arXiv
