@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.optim import SGD
-from torch.utils.data import Dataset
 
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.data import SampleDataModule, TensorSamples
@@ -250,11 +249,11 @@ class _Noise(SampleDataModule):
         self.sample_shape = tuple(sample_shape)
         self.num = num
 
-    def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+    def load(self) -> tuple[TensorSamples, TensorSamples, TensorSamples]:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.num, *self.sample_shape, generator=generator)
         samples = TensorSamples(noise.tanh())
-        return samples, samples
+        return samples, samples, samples
 
 
 class _Recorder(Callback):

@@ -49,7 +49,7 @@ def imported(source: str, package: str) -> list[str]:
             base = ".".join(
                 [*(parents if node.level else []), *([node.module] if node.module else [])]
             )
-            own = base in ("lightning_mmd", "lightning_mmd.callbacks")
+            own = base in ("lightning_mmd", "lightning_mmd.callbacks", "lightning_mmd.data")
             names += [f"{base}.{alias.name}" for alias in node.names] if own else [base]
     return names
 
@@ -61,7 +61,7 @@ def violations(room: str, source: str, package: str = "lightning_mmd") -> list[s
         first, *rest = name.split(".")
         if first == "lightning_mmd":
             target = rest[0] if rest else ""
-            inside = room == target == "callbacks"
+            inside = room == target in ("callbacks", "data")
             if not inside and FLOORS.get(target, sys.maxsize) >= floor:
                 found.append(name)
         elif floor <= HIGHEST_TORCH_ONLY_FLOOR and first not in {"torch", *sys.stdlib_module_names}:

@@ -195,7 +195,7 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
         (["--ckpt_path=damaged.ckpt"], "cannot be read as a checkpoint"),
         (["--model.latent_dim=7"], "does not take latents of shape (2, 7)"),
         (["--data.init_args.image_size=16"], "samples of shape (1, 16, 16)"),
-        (["--data=MNISTDataModule", "--data.init_args.download=false"], "`download: true`"),
+        (["--data=TorchvisionDataModule", "--data.init_args.download=false"], "`download: true`"),
     ],
 )
 def test_bad_input_is_one_clear_message(args, message, tmp_path, capsys):

@@ -51,7 +51,7 @@ class Points(SampleDataModule):
 
     def load(self):
         points = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
-        return TensorSamples(points), TensorSamples(points)
+        return TensorSamples(points), TensorSamples(points), TensorSamples(points)
 
 
 def make_model(kind, **kwargs):
