@@ -2,7 +2,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -11,22 +10,19 @@ import pytest
 import torch
 import torchvision.datasets
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_mmd.data import (
-    CIFAR10DataModule,
     DigitsDataModule,
-    FashionMNISTDataModule,
     GaussianMixtureDataModule,
     ImageDataModule,
     ImageFolderDataModule,
-    MNISTDataModule,
     SampleDataModule,
     TensorSamples,
+    TorchvisionDataModule,
     import_torchvision,
     pixels_to_unit,
 )
@@ -40,13 +36,6 @@ def ready(data: SampleDataModule) -> SampleDataModule:
 
 def stacked(loader: DataLoader[Tensor]) -> Tensor:
     return torch.cat(list(loader))
-
-
-def epoch_of(data: SampleDataModule, epoch: int) -> Tensor:
-    loader = data.train_dataloader()
-    assert isinstance(loader.sampler, DistributedSampler)
-    loader.sampler.set_epoch(epoch)
-    return stacked(loader)
 
 
 def as_rows(samples: Tensor) -> Tensor:
@@ -68,15 +57,18 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
-def write_grey_set(folder: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def write_grey_set(
+    folder: Path, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     pixels = {
         "train": rng.integers(0, 256, (12, 28, 28), dtype=np.uint8),
         "t10k": rng.integers(0, 256, (5, 28, 28), dtype=np.uint8),
     }
+    labels = {split: rng.integers(0, 10, len(values)) for split, values in pixels.items()}
     for split, values in pixels.items():
         write_idx(folder / "raw" / f"{split}-images-idx3-ubyte", values)
-        write_idx(folder / "raw" / f"{split}-labels-idx1-ubyte", np.zeros(len(values)))
-    return pixels
+        write_idx(folder / "raw" / f"{split}-labels-idx1-ubyte", labels[split])
+    return pixels, labels
 
 
 def write_cifar10(root: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -111,17 +103,25 @@ def test_pixels_to_unit_is_affine_and_hits_both_ends() -> None:
 
 
 def test_digits_split_is_every_digit_once_with_its_own_values() -> None:
-    data = ready(DigitsDataModule(batch_size=1, seed=3))
-    train, held_out = stacked(data.train_dataloader()), stacked(data.val_dataloader())
-    assert (len(train), len(held_out)) == (1797 - 359, 359)  # 359 = round(0.2 * 1797)
-    both = torch.cat([train, held_out])
-    assert both.dtype == torch.float32
-    assert both.shape[1:] == data.sample_shape == (1, 8, 8)
-    expected = torch.tensor(load_digits(return_X_y=True)[0], dtype=torch.float32) / 8 - 1
+    data = ready(DigitsDataModule(batch_size=1, seed=3, labels=True))
+    splits = [
+        [torch.cat(part) for part in zip(*loader, strict=True)]
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    ]
+    assert [len(images) for images, _ in splits] == [1258, 180, 359]  # round(0.2 * 1797) = 359
+    images, labels = (torch.cat(parts) for parts in zip(*splits, strict=True))
+    assert images.dtype == torch.float32
+    assert images.shape[1:] == data.sample_shape == (1, 8, 8)
+    levels, digits = load_digits(return_X_y=True)
+    expected = torch.tensor(levels, dtype=torch.float32) / 8 - 1
     assert len(as_rows(expected)) == 1797  # all digits differ, so a set is a fair comparison
-    assert torch.equal(as_rows(both), as_rows(expected))
-    assert (both.min().item(), both.max().item()) == (-1.0, 1.0)
-    assert torch.equal(stacked(data.test_dataloader()), held_out)
+    # Side by side with its label, so that the two belong together.
+    served = torch.cat([images.flatten(1), labels[:, None].float()], dim=1)
+    expected = torch.cat([expected, torch.tensor(digits)[:, None].float()], dim=1)
+    assert torch.equal(as_rows(served), as_rows(expected))
+    assert (images.min().item(), images.max().item()) == (-1.0, 1.0)
+    alone = ready(DigitsDataModule(batch_size=1, seed=3))
+    assert torch.equal(stacked(alone.test_dataloader()), splits[2][0])
 
 
 def test_digits_split_is_a_function_of_the_seed() -> None:
@@ -145,17 +145,7 @@ def test_digits_enlarge_bilinearly() -> None:
     torch.testing.assert_close(large, weights @ small @ weights.T, rtol=0, atol=1e-6)
 
 
-# --- loaders: order, random state, workers, processes ---
-
-
-def test_order_depends_on_epoch_and_seed_alone() -> None:
-    data = ready(DigitsDataModule(batch_size=64))
-    first, second = epoch_of(data, 0), epoch_of(data, 1)
-    assert not torch.equal(first, second)
-    torch.manual_seed(99)
-    assert torch.equal(epoch_of(ready(DigitsDataModule(batch_size=64)), 0), first)
-    assert torch.equal(epoch_of(data, 1), second)
-    assert not torch.equal(epoch_of(ready(DigitsDataModule(batch_size=64, seed=1)), 0), first)
+# --- loaders: random state, workers, sizes, precision ---
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -181,48 +171,63 @@ def test_two_workers_serve_the_same_batches_as_none() -> None:
 
 def test_incomplete_training_batch_is_left_out_and_held_out_batches_are_whole() -> None:
     data = ready(DigitsDataModule(batch_size=256))
-    assert [len(batch) for batch in data.train_dataloader()] == [256] * (1438 // 256)
-    assert [len(batch) for batch in data.val_dataloader()] == [256, 103]
+    assert [len(batch) for batch in data.train_dataloader()] == [256] * (1258 // 256)
+    assert [len(batch) for batch in data.test_dataloader()] == [256, 103]
+    assert [len(batch) for batch in data.val_dataloader()] == [180]
 
 
-def test_two_processes_see_what_one_sees() -> None:
-    data = ready(DigitsDataModule(batch_size=128))
-    whole = list(data.train_dataloader())
-    half = ready(DigitsDataModule(batch_size=64))
-    ranks = []
-    for rank in range(2):
-        half.trainer = cast(Trainer, SimpleNamespace(world_size=2, global_rank=rank))
-        ranks.append(list(half.train_dataloader()))
-    assert len(whole) == len(ranks[0]) == len(ranks[1])
-    for one, zero_rank, first_rank in zip(whole, *ranks, strict=True):
-        assert torch.equal(as_rows(one), as_rows(torch.cat([zero_rank, first_rank])))
+class Bytes(ImageDataModule):
+    """Every byte once, and its number as its label."""
+
+    sample_shape = (1, 1, 1)
+
+    def load(self) -> tuple[TensorSamples, TensorSamples, TensorSamples]:
+        numbers = torch.arange(256)
+        pixels = numbers.to(torch.uint8)[:, None, None, None]
+        train, val, test = (TensorSamples(pixels, numbers) for _ in range(3))
+        return train, val, test
 
 
-class Recorder(LightningModule):
-    """Train nothing and keep every batch, epoch by epoch."""
+class Checker(LightningModule):
+    """Compares each batch with the exact values of its bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, exact: torch.dtype, tolerance: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.epochs: dict[int, list[Tensor]] = {}
+        self.exact, self.tolerance, self.checked = exact, tolerance, 0
 
-    def training_step(self, batch: Tensor) -> Tensor:
-        self.epochs.setdefault(self.current_epoch, []).append(batch)
-        return self.weight * batch.mean()
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        assert images.dtype == self.exact
+        errors = images.double().flatten() - (labels.double() / 127.5 - 1)
+        assert errors.abs().max() <= self.tolerance
+        self.checked += len(images)
+        return self.weight * images.mean()
 
-    def validation_step(self, batch: Tensor) -> None:
-        pass
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.training_step(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_trainer_advances_the_epoch(tmp_path: Path) -> None:
-    data = DigitsDataModule(batch_size=256)
-    model = Recorder()
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [
+        ("32-true", torch.float32, 1e-7),
+        ("64-true", torch.float64, 1e-15),
+        ("bf16-true", torch.bfloat16, 2**-9),
+        ("bf16-mixed", torch.float32, 1e-7),
+    ],
+)
+def test_bytes_reach_the_module_in_the_trainers_precision(
+    tmp_path: Path, precision: Any, dtype: torch.dtype, tolerance: float
+) -> None:
+    data, model = Bytes(64, 0, seed=0, labels=True), Checker(dtype, tolerance)
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=2,
+        precision=precision,
+        max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -230,9 +235,37 @@ def test_trainer_advances_the_epoch(tmp_path: Path) -> None:
         default_root_dir=tmp_path,
     )
     trainer.fit(model, data)
-    for epoch in (0, 1):
-        assert torch.equal(torch.cat(model.epochs[epoch]), epoch_of(data, epoch))
-    assert not torch.equal(model.epochs[0][0], model.epochs[1][0])
+    assert model.checked >= 2 * 256
+    # By index, and by a loader outside of a training, values are float32 in [-1, 1].
+    image, label = data.train_dataloader().dataset[200]
+    assert (image.item(), label.item()) == (pixels_to_unit(torch.tensor([200])).item(), 200)
+    images, labels = next(iter(data.val_dataloader()))
+    assert torch.equal(images.flatten(), pixels_to_unit(labels.to(torch.uint8)))
+
+
+def test_mirrored_images_are_the_mirrored_images_and_half_of_them() -> None:
+    plain, mirrored = (ready(DigitsDataModule(64, flip=flip)) for flip in (False, True))
+    images = torch.cat([plain.finish(batch, 0) for batch in plain.train_dataloader()])
+    flipped = stacked(mirrored.train_dataloader())
+    same = (images == flipped).flatten(1).all(1)
+    turned = (images.flip(-1) == flipped).flatten(1).all(1)
+    assert (same | turned).all()
+    assert not (same & turned).any()  # no digit here is its own mirror image
+    num = len(same)
+    assert abs(same.double().mean().item() - 0.5) < 5 * 0.5 / num**0.5
+    assert torch.equal(stacked(plain.val_dataloader()), stacked(mirrored.val_dataloader()))
+
+
+def test_labels_that_are_not_there_are_refused() -> None:
+    class Unlabelled(Bytes):
+        def load(self) -> tuple[TensorSamples, TensorSamples, TensorSamples]:
+            train, val, test = super().load()
+            val.labels = None
+            return train, val, test
+
+    with pytest.raises(ValueError, match=r"Unlabelled has no labels to serve\. Leave `labels` out"):
+        Unlabelled(2, 0, 0, labels=True).setup()
+    Unlabelled(2, 0, 0).setup()
 
 
 def test_setup_loads_once() -> None:
@@ -244,59 +277,72 @@ def test_setup_loads_once() -> None:
 
 
 def test_hyperparameters_are_the_arguments_as_primitives(tmp_path: Path) -> None:
-    assert dict(MNISTDataModule(tmp_path, batch_size=7).hparams) == {
+    assert dict(TorchvisionDataModule("MNIST", tmp_path, batch_size=7).hparams) == {
+        "name": "MNIST",
         "root": str(tmp_path),
         "batch_size": 7,
-        "image_size": 28,
+        "image_size": None,
+        "labels": False,
+        "flip": False,
+        "num_val": None,
         "download": True,
         "num_workers": 0,
         "seed": 0,
     }
-    assert ImageFolderDataModule(tmp_path).hparams["root"] == str(tmp_path)
+    folder = ImageFolderDataModule(tmp_path, cache_dir=tmp_path).hparams
+    assert folder["root"] == folder["cache_dir"] == str(tmp_path)
 
 
 # --- torchvision's sets, from made files ---
 
 
-@pytest.mark.parametrize(
-    ("data_class", "folder"),
-    [(MNISTDataModule, "MNIST"), (FashionMNISTDataModule, "FashionMNIST")],
-)
-def test_grey_sets_are_pixel_exact(
-    tmp_path: Path, data_class: type[MNISTDataModule] | type[FashionMNISTDataModule], folder: str
-) -> None:
-    pixels = write_grey_set(tmp_path / folder, np.random.default_rng(0))
-    data = ready(data_class(tmp_path, batch_size=4))
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_grey_sets_are_pixel_exact(tmp_path: Path, name: Any) -> None:
+    pixels, labels = write_grey_set(tmp_path / name, np.random.default_rng(0))
+    data = ready(TorchvisionDataModule(name, tmp_path, batch_size=1, labels=True))
     assert isinstance(data, ImageDataModule)
     assert data.sample_shape == (1, 28, 28)
-    held_out, train = stacked(data.val_dataloader()), stacked(data.train_dataloader())
-    assert torch.equal(as_pixels(held_out), torch.from_numpy(pixels["t10k"]).unsqueeze(1))
-    assert torch.equal(as_rows(as_pixels(train)), as_rows(torch.from_numpy(pixels["train"])))
+    assert len(list(data.train_dataloader())) == 10  # 12 less a sixth
+    for loader, split, part in (
+        (data.val_dataloader(), "train", slice(10, 12)),
+        (data.test_dataloader(), "t10k", slice(None)),
+    ):
+        images, classes = (torch.cat(values) for values in zip(*loader, strict=True))
+        expected = torch.from_numpy(pixels[split][part]).unsqueeze(1)
+        assert torch.equal(as_pixels(images), expected)
+        assert torch.equal(classes, torch.from_numpy(labels[split][part]).long())
+    images, classes = (torch.cat(v) for v in zip(*data.train_dataloader(), strict=True))
+    same = as_pixels(images) == torch.from_numpy(pixels["train"])  # each against each
+    order = same.flatten(2).all(2).int().argmax(1).tolist()
+    assert sorted(order) == list(range(10))
+    assert classes.tolist() == labels["train"][order].tolist()
 
-    padded = stacked(ready(data_class(tmp_path, batch_size=4, image_size=32)).val_dataloader())
+    held_out = stacked(ready(TorchvisionDataModule(name, tmp_path)).test_dataloader())
+    padded = stacked(ready(TorchvisionDataModule(name, tmp_path, image_size=32)).test_dataloader())
     assert torch.equal(padded, F.pad(held_out, (2, 2, 2, 2), value=-1.0))
 
 
 def test_cifar10_is_pixel_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, held_out = write_cifar10(tmp_path, np.random.default_rng(0), monkeypatch)
-    data = ready(CIFAR10DataModule(tmp_path, batch_size=2))
+    data = ready(TorchvisionDataModule("CIFAR10", tmp_path, batch_size=1, num_val=3))
     assert data.sample_shape == (3, 32, 32)
     assert torch.equal(as_pixels(stacked(data.test_dataloader())), torch.from_numpy(held_out))
+    assert torch.equal(as_pixels(stacked(data.val_dataloader())), torch.from_numpy(train[-3:]))
     served = as_pixels(stacked(data.train_dataloader()))
-    assert torch.equal(as_rows(served), as_rows(torch.from_numpy(train)))
+    assert torch.equal(as_rows(served), as_rows(torch.from_numpy(train[:-3])))
 
 
 @pytest.mark.parametrize(
-    ("data_class", "first_file"),
+    ("name", "first_file"),
     [
-        (MNISTDataModule, "MNIST/raw/train-images-idx3-ubyte"),
-        (FashionMNISTDataModule, "FashionMNIST/raw/train-images-idx3-ubyte"),
-        (CIFAR10DataModule, "cifar-10-batches-py/data_batch_1"),
+        ("MNIST", "MNIST/raw/train-images-idx3-ubyte"),
+        ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte"),
+        ("CIFAR10", "cifar-10-batches-py/data_batch_1"),
     ],
 )
 class TestMissingData:
-    def test_without_download(self, tmp_path: Path, data_class: Any, first_file: str) -> None:
-        data = data_class(tmp_path, download=False)
+    def test_without_download(self, tmp_path: Path, name: Any, first_file: str) -> None:
+        data = TorchvisionDataModule(name, tmp_path, download=False)
         data.prepare_data()
         with pytest.raises(FileNotFoundError) as caught:
             data.setup()
@@ -307,14 +353,14 @@ class TestMissingData:
         assert list(tmp_path.iterdir()) == []
 
     def test_offline(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_class: Any, first_file: str
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any, first_file: str
     ) -> None:
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise URLError("no route to host")
 
         monkeypatch.setattr("urllib.request.urlopen", refuse)
-        with pytest.raises(RuntimeError, match="could not download") as caught:
-            data_class(tmp_path).prepare_data()
+        with pytest.raises(RuntimeError, match="could not be downloaded") as caught:
+            TorchvisionDataModule(name, tmp_path).prepare_data()
         message = str(caught.value)
         assert str(tmp_path) in message
         assert first_file in message
@@ -331,16 +377,68 @@ def test_present_files_are_not_fetched_again(
         raise AssertionError("went to the network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    data = ready(MNISTDataModule(tmp_path, batch_size=4, download=True))
-    assert len(stacked(data.val_dataloader())) == 5
+    data = ready(TorchvisionDataModule("MNIST", tmp_path, batch_size=4, download=True))
+    assert len(stacked(data.test_dataloader())) == 5
 
 
-def test_damaged_file_is_named_with_its_cure(tmp_path: Path) -> None:
+def garbage(content: bytes) -> bytes:
+    return np.random.default_rng(0).bytes(len(content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "reason"),
+    [
+        (
+            "train-images-idx3",
+            lambda content: content[:-9],
+            "9415 bytes where its header says 9424",
+        ),
+        ("train-images-idx3", lambda content: content[:16], "16 bytes where its header says 9424"),
+        ("train-images-idx3", lambda content: content[:9], "9 bytes, shorter than its header"),
+        ("t10k-images-idx3", lambda content: b"", "0 bytes, shorter than its header"),
+        ("t10k-images-idx3", garbage, "its header is not that of such a file"),
+        ("train-labels-idx1", garbage, "its header is not that of such a file"),
+        ("train-labels-idx1", lambda content: content + b"1", "21 bytes where its header says 20"),
+        ("t10k-labels-idx1", lambda content: content[:-1] + b"\x0b", "a label of 11, above 9"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_cure_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: Any, reason: str
+) -> None:
     write_grey_set(tmp_path / "MNIST", np.random.default_rng(0))
-    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RuntimeError, match=r"damaged files in root=.*Delete MNIST/raw"):
-        MNISTDataModule(tmp_path).setup()
+    path = tmp_path / f"MNIST/raw/{kind}-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with pytest.raises(RuntimeError) as caught:
+        ready(TorchvisionDataModule("MNIST", tmp_path))
+    assert str(caught.value) == (
+        f"MNIST has damaged files: {path} ({reason}). Delete them and set `download: true` to "
+        "fetch them anew."
+    )
+    path.unlink()
+    monkeypatch.setattr(
+        torchvision.datasets.MNIST, "download", lambda self: path.write_bytes(whole)
+    )
+    ready(TorchvisionDataModule("MNIST", tmp_path, batch_size=2))
+
+
+def test_images_and_labels_that_do_not_belong_together(tmp_path: Path) -> None:
+    write_grey_set(tmp_path / "MNIST", np.random.default_rng(0))
+    write_idx(tmp_path / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(11))
+    with pytest.raises(RuntimeError, match=r"train-images.*train-labels.*12 images and 11 labels"):
+        ready(TorchvisionDataModule("MNIST", tmp_path))
+
+
+def test_a_damaged_cifar10_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar10(tmp_path, np.random.default_rng(0), monkeypatch)
+    cifar10 = torchvision.datasets.CIFAR10
+    sums = [["data_batch_1", None], ["data_batch_2", "0" * 32], ["data_batch_3", "1" * 32]]
+    monkeypatch.setattr(cifar10, "train_list", sums + cifar10.train_list[3:])
+    with pytest.raises(RuntimeError) as caught:
+        ready(TorchvisionDataModule("CIFAR10", tmp_path))
+    message = str(caught.value)
+    folder = tmp_path / "cifar-10-batches-py"
+    assert f"damaged files: {folder}/data_batch_2, {folder}/data_batch_3 (the check" in message
 
 
 def test_unavailable_torchvision_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,70 +477,12 @@ def test_mismatched_torchvision_is_explained_and_only_where_it_is_needed(tmp_pat
     assert "Reinstall the two together" in message
 
 
-# --- image folders ---
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path)
-
-
-def write_folder(root: Path, names: list[str]) -> Tensor:
-    pixels = torch.randint(0, 256, (len(names), 3, 6, 6), dtype=torch.uint8)
-    for name, image in zip(names, pixels, strict=True):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, root / name)
-    return pixels
-
-
-@pytest.mark.parametrize(
-    "names",
-    [[f"{i}.png" for i in range(8)], [f"class{i % 2}/{i}.PNG" for i in range(8)]],
-    ids=["flat", "class-wise"],
-)
-def test_folder_of_images_is_pixel_exact(tmp_path: Path, names: list[str]) -> None:
-    pixels = write_folder(tmp_path, names)
-    (tmp_path / "notes.txt").write_text("not an image")
-    data = ready(ImageFolderDataModule(tmp_path, image_size=6, batch_size=1, val_fraction=0.25))
-    train, held_out = stacked(data.train_dataloader()), stacked(data.val_dataloader())
-    assert (len(train), len(held_out)) == (6, 2)
-    served = torch.cat([train, held_out])
-    assert torch.equal(as_rows(as_pixels(served)), as_rows(pixels))
-
-
-def test_folder_crops_the_centre_and_resizes(tmp_path: Path) -> None:
-    # Columns of 4 pixels in 4 levels; the central 8 of 16 columns survive, then halve.
-    levels = torch.tensor([0, 50, 200, 250], dtype=torch.uint8).repeat_interleave(4)
-    for name in ("a.png", "b.png"):
-        write_png(levels.expand(3, 8, 16), tmp_path / name)
-    data = ready(ImageFolderDataModule(tmp_path, image_size=4, batch_size=1, val_fraction=0.5))
-    image = next(iter(data.val_dataloader()))[0]
-    assert image.shape == (3, 4, 4)
-    middle = torch.tensor([50, 50, 200, 200]) / 127.5 - 1
-    assert torch.equal(image[:, 0].sign().double(), middle.sign().expand(3, 4))
-    # The resampling filter blurs the inner edge, never beyond half the step of 150 levels.
-    assert (image - middle.float()).abs().max().item() < 75 / 127.5
-
-
-def test_folder_in_grey_weighs_the_colours(tmp_path: Path) -> None:
-    pixels = write_folder(tmp_path, ["a.png", "b.png"])
-    data = ready(
-        ImageFolderDataModule(tmp_path, image_size=6, channels=1, batch_size=1, val_fraction=0.5)
-    )
-    served = torch.cat([stacked(data.train_dataloader()), stacked(data.val_dataloader())])
-    assert served.shape == (2, 1, 6, 6)
-    luma = torch.einsum("c,nchw->nhw", torch.tensor([0.299, 0.587, 0.114]), pixels.double())
-    grey = as_pixels(served).squeeze(1).double()
-    deviations = [(grey - candidate).abs().max().item() for candidate in (luma, luma.flip(0))]
-    assert 0.1 < min(deviations) < 0.51  # luma, rounded to whole levels
-
-
-def test_empty_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("not an image")
-    with pytest.raises(FileNotFoundError, match=r"looked for images \(\.jpg.*found none"):
-        ImageFolderDataModule(tmp_path).setup()
-
-
 # --- mixtures ---
+
+
+def all_points(data: SampleDataModule) -> Tensor:
+    assert data._splits is not None
+    return torch.cat([samples.data for samples in data._splits])
 
 
 @pytest.mark.parametrize(
@@ -456,7 +496,7 @@ def test_empty_folder_is_an_error(tmp_path: Path) -> None:
 )
 def test_mixture_has_its_mean_and_covariance(data: GaussianMixtureDataModule) -> None:
     data.setup()
-    points = torch.cat([cast(TensorSamples, data._train).data, stacked(data.val_dataloader())])
+    points = all_points(data)
     assert points.dtype == torch.float32
     assert points.shape == (40_000, *data.sample_shape)
     points, modes = points.double(), data.modes.double()
@@ -474,7 +514,8 @@ def test_mixture_has_its_mean_and_covariance(data: GaussianMixtureDataModule) ->
 def test_mixture_visits_every_mode_alike_and_stays_near_it() -> None:
     data = GaussianMixtureDataModule(num_modes=25, grid_spacing=1.0, num_samples=50_000)
     data.setup()
-    for points in (cast(TensorSamples, data._train).data, stacked(data.val_dataloader())):
+    assert data._splits is not None
+    for points in (samples.data for samples in data._splits):
         distances, nearest = torch.cdist(points, data.modes).min(dim=1)
         expected = len(points) / 25
         counts = nearest.bincount(minlength=25)
@@ -511,18 +552,32 @@ def test_mixture_is_a_function_of_the_seed() -> None:
     [
         (lambda: DigitsDataModule(batch_size=0), "batch_size of at least 1, got 0"),
         (lambda: DigitsDataModule(image_size=4), "image_size of at least 8, .*got 4"),
-        (lambda: MNISTDataModule(image_size=30), "image_size 28, .*or 32.*got 30"),
+        (
+            lambda: DigitsDataModule(batch_size={5: 8}),
+            r"got {5: 8}\. A schedule begins at 0 samples",
+        ),
+        (lambda: DigitsDataModule(batch_size={0: 8, 9: 0}), "batch_size of at least 1"),
+        (lambda: TorchvisionDataModule(image_size=30), "image_size 28, MNIST.*or 32.*got 30"),
+        (lambda: TorchvisionDataModule("CIFAR10", image_size=28), "32, CIFAR10's own; got 28"),
+        (lambda: TorchvisionDataModule(cast(Any, "SVHN")), "MNIST, FashionMNIST, CIFAR10; got 'S"),
+        (lambda: TorchvisionDataModule(num_val=0), "num_val of at least 1, got 0"),
+        (lambda: ImageFolderDataModule("x", background=256), r"background in 0\.\.255, got 256"),
+        (lambda: ImageFolderDataModule("x", on_bad_image=cast(Any, "no")), "'raise' or 'skip'"),
         (lambda: ImageFolderDataModule("x", channels=2), "channels 1, grey, or 3, colour; got 2"),
         (lambda: ImageFolderDataModule("x", image_size=0), "image_size of at least 1, got 0"),
         (lambda: GaussianMixtureDataModule(num_modes=0), "num_modes of at least 1, got 0"),
         (lambda: GaussianMixtureDataModule(std=-1.0), "std of at least 0, got -1"),
         (lambda: GaussianMixtureDataModule(grid_spacing=1.0), "got 8. Take 4 or 9"),
-        (lambda: DigitsDataModule(val_fraction=1.5).setup(), "val_fraction=1.5 of 1797 samples"),
-        (lambda: DigitsDataModule(val_fraction=0.0).setup(), "val_fraction=0.0 of 1797 samples"),
-        (lambda: DigitsDataModule(val_fraction=1e-4).setup(), "leaves samples on both sides"),
         (
-            lambda: ready(DigitsDataModule(batch_size=1439)).train_dataloader(),
-            "batch_size=1439 training samples a process, got 1438",
+            lambda: DigitsDataModule(val_fraction=1.5).setup(),
+            "val_fraction=1.5 and test_fraction=0.2 of 1797",
+        ),
+        (lambda: DigitsDataModule(val_fraction=0.0).setup(), "val_fraction=0.0 and test"),
+        (lambda: DigitsDataModule(val_fraction=0.9).setup(), "leave samples for training"),
+        (lambda: DigitsDataModule(val_fraction=1e-4).setup(), "leave samples for training, v"),
+        (
+            lambda: ready(DigitsDataModule(batch_size=1259)).train_dataloader(),
+            "batch_size=1259 training samples a process, got 1258",
         ),
     ],
 )

@@ -71,6 +71,8 @@ def decode(path: Path, square: Square, scale: float | None = None) -> np.ndarray
             image = image.convert("RGBA")
             ground = Image.new("RGBA", image.size, (*[square.background] * 3, 255))
             image = Image.alpha_composite(ground, image)
+        if image.mode not in ("1", "L", "RGB"):
+            image = image.convert("RGB")  # first, since LAB and HSV do not turn grey at once
         image = image.convert("L" if square.channels == 1 else "RGB")
         pixels = np.asarray(_centre(image, square.size))
     return pixels.reshape(square.size, square.size, square.channels).transpose(2, 0, 1)
