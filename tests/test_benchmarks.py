@@ -100,3 +100,11 @@ def test_bytes_of_a_step(run):
     assert share["adversarial, lagged"] == pytest.approx(1, abs=1e-4)  # one number more
     three, one = (share[f"closed form, {k}"] for k in ("3 CG iterations", "1 CG iteration"))
     assert three - one == pytest.approx(2 * sizes, rel=0.02)  # L f for each iteration
+
+
+def test_the_data_path_is_no_burden(run):
+    rows = run("data_path", num=300, repeats=1)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["after"] > 5 * row["before"]  # 20 and more at full size
+        assert row["of_a_critic_pass"] < 0.5

@@ -351,8 +351,8 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path, rng):
     with pytest.raises(ValueError, match=r"at least 3 images .*got 2\. Add images"):
         folder(tmp_path).setup()
     write(tmp_path, colours(rng, 4))
-    with pytest.raises(ValueError, match=r"val_fraction=0.1 .*of 4 samples\. Change them, or add"):
-        folder(tmp_path, val_fraction=0.1).setup()
+    with pytest.raises(ValueError, match=r"val_fraction=0.8 .*of 4 samples\. Change them, or add"):
+        folder(tmp_path, val_fraction=0.8).setup()
     data = folder(tmp_path, batch_size=5)
     data.setup()
     with pytest.raises(ValueError, match=r"batch_size=5 training samples a process, got 2"):

@@ -34,15 +34,15 @@ def split_indices(
 
     Args:
         num_samples: size of the whole set.
-        val_fraction: share for validation, in (0, 1); the count is rounded.
-        test_fraction: share for the test, in (0, 1); the count is rounded.
+        val_fraction: share for validation, in (0, 1); the count is rounded, and at least 1.
+        test_fraction: share for the test, in (0, 1); the count is rounded, and at least 1.
         generator: source of the randomness.
 
     Returns:
         Training, validation and test indices: disjoint, and together every index once.
 
     Raises:
-        ValueError: one of the three would be empty.
+        ValueError: a share is not in (0, 1), or none is left for training.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -51,8 +51,8 @@ def split_indices(
     """
     fractions = (val_fraction, test_fraction)
     valid = all(0.0 < fraction < 1.0 for fraction in fractions)
-    num_val, num_test = (round(f * num_samples) if valid else 0 for f in fractions)
-    if min(num_val, num_test, num_samples - num_val - num_test) < 1:
+    num_val, num_test = (max(1, round(f * num_samples)) if valid else 0 for f in fractions)
+    if not valid or num_val + num_test >= num_samples:
         raise ValueError(
             f"Expected val_fraction and test_fraction in (0, 1) that leave samples for training, "
             f"validation and test, got val_fraction={val_fraction} and "

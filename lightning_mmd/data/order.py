@@ -33,8 +33,8 @@ class BatchSizes:
         steps = sizes if isinstance(sizes, dict) else {0: sizes}
         if 0 not in steps or min(steps) < 0 or min(steps.values()) < 1:
             raise ValueError(
-                f"Expected batch_size of at least 1, got {sizes}. A schedule begins at 0 samples, as "
-                "{0: 64, 10000: 128}."
+                f"Expected batch_size of at least 1, got {sizes}. A schedule begins at 0 "
+                "samples, as {0: 64, 10000: 128}."
             )
         self.steps = sorted(steps.items())
         self.largest = max(steps.values())
