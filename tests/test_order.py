@@ -27,11 +27,11 @@ class Numbered(ImageDataModule):
 class Recorder(LightningModule):
     """Writes the number of each image that it trains on, negative (less 1) where mirrored."""
 
-    def __init__(self, folder, manual=False, fail_at=-1):
+    def __init__(self, folder, manual=False, fail_at=-1, counts_steps=False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.automatic_optimization = not manual
-        self.folder, self.fail_at = folder, fail_at
+        self.folder, self.fail_at, self.counts_steps = folder, fail_at, counts_steps
 
     def training_step(self, batch):
         assert batch.dtype == torch.float32
@@ -55,6 +55,8 @@ class Recorder(LightningModule):
         assert (levels[:, 1] == 255).all()  # nothing is mirrored here
 
     def configure_optimizers(self):
+        if self.counts_steps:  # makes the loader and its iterator before counters are restored
+            assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -68,7 +70,7 @@ class SaveAtEnd(Callback):
 def fit(folder, steps, processes=1, workers=0, manual=False, ckpt=None, batch=None, **kwargs):
     """Train, and return the numbers of each batch of all processes, rank by rank."""
     folder.mkdir()
-    model = Recorder(folder, manual, kwargs.pop("fail_at", -1))
+    model = Recorder(folder, manual, kwargs.pop("fail_at", -1), kwargs.pop("counts_steps", False))
     saves = ModelCheckpoint(
         folder, "{step}", every_n_train_steps=kwargs.pop("every", 1000), save_top_k=-1
     )
@@ -200,6 +202,19 @@ def test_the_order_goes_on_through_short_epochs_validation_and_accumulation(tmp_
     )  # fmt: skip
     assert rest == whole[-len(rest) :]
     assert len(whole) // 2 - 2 < len(rest) < len(whole) // 2 + 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_made_before_the_counters_are_restored(workers, tmp_path):
+    kind = {"workers": workers, "counts_steps": True, "max_epochs": 9}
+    fit(tmp_path / "first", 7, **kind)
+    rest = fit(tmp_path / "rest", 14, ckpt=tmp_path / "first/end.ckpt", **kind)
+    assert rest == expected(14)[7:]
+
+
+def test_overfitting_sees_the_same_batches_again(tmp_path):
+    seen = fit(tmp_path / "fit", 6, overfit_batches=2)
+    assert seen == [list(range(12)), list(range(12, 24))] * 3
 
 
 def test_epochs_end_and_resume(tmp_path):

@@ -70,6 +70,7 @@ class SampleDataModule(LightningDataModule, ABC):
         self.labels = labels
         self._splits: tuple[TensorSamples, TensorSamples, TensorSamples] | None = None
         self._anchor = (0, 0)  # batches and samples that were trained on, at some time
+        self._resuming = False  # the anchor is a checkpoint's; Lightning's counters may come later
 
     @abstractmethod
     def load(self) -> tuple[TensorSamples, TensorSamples, TensorSamples]:
@@ -84,6 +85,7 @@ class SampleDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: `labels` is set and the data have none.
         """
+        self._resuming = False  # a checkpoint is loaded after this hook
         if self._splits is not None:
             return
         splits = self.load()
@@ -104,6 +106,8 @@ class SampleDataModule(LightningDataModule, ABC):
             ValueError: one process's share of the data does not fill a single batch.
         """
         dataset, in_trainer = self._split(0), self._in_trainer
+        if self._overfits:  # Lightning wants the first batches, again and again
+            return self._loader(SampleLoader, dataset, BatchSizes(self.batch_size).largest)
         sampler = Order(
             len(dataset),
             BatchSizes(self.batch_size),
@@ -132,8 +136,11 @@ class SampleDataModule(LightningDataModule, ABC):
             return 0
         batches, samples = self._anchor
         trained = self._batches_trained()
+        if trained < batches and self._resuming:
+            return samples
         if trained < batches:  # another training
             batches = samples = 0
+        self._resuming = False
         sizes = BatchSizes(self.batch_size)
         self._anchor = trained, sizes.after(samples, trained - batches, self.trainer.world_size)
         return self._anchor[1]
@@ -149,6 +156,7 @@ class SampleDataModule(LightningDataModule, ABC):
             state_dict: what `state_dict` returned.
         """
         self._anchor = state_dict["batches"], state_dict["samples"]
+        self._resuming = True
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish a batch on its device: bytes to [-1, 1], images mirrored where it is of training.
@@ -161,7 +169,7 @@ class SampleDataModule(LightningDataModule, ABC):
             The batch in the Trainer's precision.
         """
         first = None
-        if self.trainer is not None and self.trainer.training:
+        if self.trainer is not None and self.trainer.training and not self._overfits:
             position = self.position()
             first = position + self.trainer.global_rank * BatchSizes(self.batch_size).at(position)
         return self.finish(batch, first)
@@ -197,6 +205,11 @@ class SampleDataModule(LightningDataModule, ABC):
     @property
     def _in_trainer(self) -> bool:
         return self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
+
+    @property
+    def _overfits(self) -> bool:
+        trainer: Any = self.trainer
+        return self._in_trainer and trainer.overfit_batches > 0
 
     def _batches_trained(self) -> int:
         # Lightning raises `processed` after the step and before it saves a checkpoint.
