@@ -49,5 +49,11 @@ fi
 PATH=$env/bin:$PATH
 case $what in
 base) exec "$env/bin/lightning-mmd" fit --config configs/digits.yaml "$@" ;;
-dev) exec "$python" -m pytest "$@" ;;
+dev)
+    case " $* " in # two processes of tests at a time, unless told otherwise
+    *" -n"*) ;;
+    *) set -- -n 2 "$@" ;;
+    esac
+    exec "$python" -m pytest "$@"
+    ;;
 esac

@@ -25,18 +25,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd import (
+    MMDGAN,
+    Batch,
+    ClosedForm,
+    GradientAscent,
+    Lagged,
+    LearnedKernelCritic,
+    Split,
+    UpdateRule,
+)
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reporting import save_table
 
-MODES: dict[str, dict[str, Any]] = {
-    "adversarial, no penalty": {"critic_mode": "adversarial", "alpha": 0.0},
-    "adversarial, batch": {"critic_mode": "adversarial"},
-    "adversarial, split": {"critic_mode": "adversarial", "penalty_estimator": "split"},
-    "adversarial, lagged": {"critic_mode": "adversarial", "penalty_estimator": "lagged"},
-    "closed form, 3 CG iterations": {"witness_tolerance": 1e-9},
-    "closed form, 1 CG iteration": {"witness_tolerance": 1e-9, "witness_iterations": 1},
+RULES: dict[str, UpdateRule] = {
+    "adversarial, no penalty": GradientAscent(alpha=0.0),
+    "adversarial, batch": GradientAscent(estimator=Batch()),
+    "adversarial, split": GradientAscent(estimator=Split()),
+    "adversarial, lagged": GradientAscent(estimator=Lagged()),
+    "closed form, 3 CG iterations": ClosedForm(tolerance=1e-9),
+    "closed form, 1 CG iteration": ClosedForm(tolerance=1e-9, max_iterations=1),
 }
 
 
@@ -86,13 +95,13 @@ class StepCosts(Callback):
 
 
 def measure(
-    options: dict[str, Any], width: int, batch_size: int, num_steps: int, devices: int
+    rule: UpdateRule, width: int, batch_size: int, num_steps: int, devices: int
 ) -> dict[str, Any]:
     """Train; return the costs of a step in the first process, and the networks' sizes."""
     torch.manual_seed(0)
     images = torch.rand(batch_size * num_steps, 3, 32, 32) * 2 - 1
     critic = LearnedKernelCritic(dcgan.features(width, 128), 128)
-    model = MMDGAN(dcgan.generator(width), critic, latent_dim=128, **options)
+    model = MMDGAN(dcgan.generator(width), critic, rule, latents=128)
     sizes = [sum(p.numel() for p in net.parameters()) for net in (model.generator, critic)]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,8 +139,8 @@ def main(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rows = []
-    for name, options in MODES.items():
-        one, two = (measure(options, width, batch_size, num_steps, n) for n in (1, 2))
+    for name, rule in RULES.items():
+        one, two = (measure(rule, width, batch_size, num_steps, n) for n in (1, 2))
         gradients = 4 * (two["generator"] + two["critic"])
         row = {"iteration": name, "P_G": two["generator"], "P_C": two["critic"]}
         row |= {"messages": two["messages"], "MB": two["bytes"] / 1e6}

@@ -32,15 +32,15 @@ from meters import ratio
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd import MMDGAN, Batch, ClosedForm, GradientAscent, LearnedKernelCritic, UpdateRule
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reporting import save_table
 
-MODES: dict[str, dict[str, Any]] = {
-    "adversarial, no penalty": {"critic_mode": "adversarial", "alpha": 0.0},
-    "adversarial, forward": {"critic_mode": "adversarial", "alpha": 1.0},
-    "closed form, 3 CG iterations": {"critic_mode": "closed_form", "alpha": 1.0},
+RULES: dict[str, UpdateRule] = {
+    "adversarial, no penalty": GradientAscent(alpha=0.0),
+    "adversarial, forward": GradientAscent(alpha=1.0, estimator=Batch()),
+    "closed form, 3 CG iterations": ClosedForm(alpha=1.0),
 }
 
 
@@ -79,26 +79,27 @@ def compare(
     name: str, width: int, batch_size: int, num_features: int, num_steps: int
 ) -> dict[str, Any]:
     """Train both ways; return times, their ratio and the distance of the parameters at the end."""
-    options = MODES[name]
+    rule = RULES[name]
+    alpha = rule.alpha
     torch.manual_seed(0)
     images = torch.rand(num_steps, batch_size, 3, 32, 32) * 2 - 1
-    closed = options["critic_mode"] == "closed_form"
+    closed = isinstance(rule, ClosedForm)
     bank = Bank(num_steps * (1 if closed else 2), batch_size)
     features = dcgan.features(width, num_features)
     critic = LearnedKernelCritic(features, num_features)
     generator = dcgan.generator(width)
     build = closed_form_pair if closed else adversarial_pair
-    pair = build(*copy.deepcopy((generator, critic)), alpha=options["alpha"])
+    pair = build(*copy.deepcopy((generator, critic)), alpha=alpha)
     hand_latents = iter(bank.latents.clone())
 
     def step(real: Tensor) -> None:
         if closed:
             closed_form_update(pair, real, next(hand_latents), 3)
         else:
-            loss = by_hand if options["alpha"] else no_penalty
+            loss = by_hand if alpha else no_penalty
             adversarial_iteration(pair, loss, real, [next(hand_latents), next(hand_latents)])
 
-    model = MMDGAN(generator, critic, sample_latents=bank, **options)
+    model = MMDGAN(generator, critic, rule, latents=bank)
     turns = TakeTurns(step, iter(DataLoader(images, batch_size=None)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,7 +146,7 @@ def main(
     """
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = [compare(name, width, batch_size, num_features, num_steps) for name in MODES]
+    rows = [compare(name, width, batch_size, num_features, num_steps) for name in RULES]
     save_table(rows, directory / "framework_tax.csv")
     return rows
 

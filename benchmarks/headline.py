@@ -28,7 +28,7 @@ BANDWIDTHS = {"digits": 6.0, "mnist": 15.0}
 CHANNELS = {"digits": [16, 32], "mnist": [16, 32, 64]}
 # Without the penalty the witness is delta / beta and the update plain gradient descent on MMD^2 / 2
 # with rate eta; 1 was the best of 1, 3, 10, 30 on digits.
-PLAIN = {"model.alpha": 0.0, "model.beta": 1.0, "model.eta": 1.0}
+PLAIN = {"model.rule.alpha": 0.0, "model.rule.beta": 1.0, "model.rule.eta": 1.0}
 COLOURS = ["C0", "C2", "C1", "C4", "C5", "C3"]
 
 
@@ -64,14 +64,16 @@ def decay(num_updates: int) -> dict[str, Any]:
 def methods(data: str) -> dict[str, tuple[str, dict[str, Any], int]]:
     """Return configuration, options and number of updates by the name of a method."""
     short, long = {"digits": (50, 600), "mnist": (60, 300)}[data]
-    flow = {"beta": 0.01, "eta": 0.5, "generator_scheduler": decay(short)}
-    ours, adversary = f"{data}.yaml", f"{data}_adversarial.yaml"
+    flow = {"rule.beta": 0.01, "rule.eta": 0.5, "generator_scheduler": decay(short)}
+    ours, adversary = f"{data}.yaml", f"{data}_gradient_ascent.yaml"
 
     def on_fixed(**model: Any) -> dict[str, Any]:
-        return closed_form(data, fixed(data), 512, **flow, witness_iterations=8, **model)
+        flow["rule.max_iterations"] = 8
+        return closed_form(data, fixed(data), 512, **flow, **model)
 
     def on_learned(**model: Any) -> dict[str, Any]:
-        return closed_form(data, learned(data), 768, **flow, witness_iterations=3, **model)
+        flow["rule.max_iterations"] = 3
+        return closed_form(data, learned(data), 768, **flow, **model)
 
     return {
         "closed form, fixed kernel": (ours, on_fixed(), short),
@@ -79,7 +81,7 @@ def methods(data: str) -> dict[str, tuple[str, dict[str, Any], int]]:
         "gradient ascent": (adversary, {}, long),
         "closed form, fixed kernel, alpha = 0": (ours, on_fixed() | PLAIN, short),
         "closed form, learned kernel, alpha = 0": (ours, on_learned() | PLAIN, short),
-        "gradient ascent, alpha = 0": (adversary, {"model.alpha": 0.0}, long),
+        "gradient ascent, alpha = 0": (adversary, {"model.rule.alpha": 0.0}, long),
     }
 
 

@@ -30,7 +30,7 @@ from loops import (
 from meters import interleaved_seconds, peak_memory, ratio
 from torch import Tensor
 
-from lightning_mmd import LearnedKernelCritic
+from lightning_mmd import Lagged, LearnedKernelCritic, Split
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reporting import save_table
@@ -42,8 +42,8 @@ PENALTIES: dict[str, Penalise] = {
     "forward": ours(),
     "double backward": ours(method="double_backward"),
     "finite difference": ours(method="finite_difference"),
-    "forward, split": ours(estimator="split"),
-    "forward, lagged": ours(lagged=True),
+    "forward, split": ours(estimator=Split()),
+    "forward, lagged": ours(estimator=Lagged()),
 }
 INTERVAL = 4
 

@@ -23,9 +23,9 @@ ETAS = (0.05, 0.4, 1.0, 2.5)
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 METHODS = {
     "closed form": ("digits.yaml", {}),
-    "closed form, automatic damping": ("digits.yaml", {"model.automatic_damping": True}),
-    "gradient ascent": ("digits_adversarial.yaml", {}),
-    "gradient ascent, alpha = 0": ("digits_adversarial.yaml", {"model.alpha": 0.0}),
+    "closed form, trust region": ("digits.yaml", {"model.rule.trust_region": {}}),
+    "gradient ascent": ("digits_gradient_ascent.yaml", {}),
+    "gradient ascent, alpha = 0": ("digits_gradient_ascent.yaml", {"model.rule.alpha": 0.0}),
 }
 
 
@@ -39,7 +39,7 @@ def cells(config: str) -> dict[tuple[float, float], dict[str, Any]]:
     constant = {"model.generator_scheduler": None}
     if config == "digits.yaml":
         return {
-            (eta, rate): constant | {"model.eta": eta, "model.critic_optimizer": adam(rate)}
+            (eta, rate): constant | {"model.rule.eta": eta, "model.critic_optimizer": adam(rate)}
             for eta in ETAS
             for rate in RATES
         }

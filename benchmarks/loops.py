@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,8 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_mmd import LearnedKernelCritic, input_gradient_penalty
-from lightning_mmd.penalties import penalised_critic
-from lightning_mmd.witness import MeanEmbedding, WitnessSolution, solve_embedding
+from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
+from lightning_mmd.estimators import Batch, Estimator, Lagged
+from lightning_mmd.parameters import unflatten
+from lightning_mmd.penalties import Method, penalised_critic
+from lightning_mmd.witness import WitnessSolution, solve_embedding
 
 Penalise = Callable[["Pair", Tensor, Tensor], Tensor]
 """From a pair, real samples and latents to a critic's loss."""
@@ -81,13 +83,15 @@ def wgan_gp(pair: Pair, real: Tensor, z: Tensor) -> Tensor:
     return _loss(pair, pair.critic(real), pair.critic(fake)) + 10 * penalty
 
 
-def ours(**options: Any) -> Penalise:
-    """The library's penalty; ``lagged=True`` takes the last generator step's direction."""
-    lagged = options.pop("lagged", False)
+def ours(method: Method = "forward", estimator: Estimator | None = None) -> Penalise:
+    """The library's penalty; `Lagged` takes the last generator step's direction."""
+    estimator = Batch() if estimator is None else estimator
 
     def loss(pair: Pair, real: Tensor, z: Tensor) -> Tensor:
-        direction = pair.direction if lagged else None
-        on_fake = penalised_critic(pair.critic, pair.generator, z, direction=direction, **options)
+        if isinstance(estimator, Lagged) and pair.direction is not None:
+            estimator.observe(pair.direction)
+        groups = [(z[group],) for group in estimator.groups(len(z))]
+        on_fake = penalised_critic(pair.critic, pair.generator, groups, method, estimator=estimator)
         unpenalised = _loss(pair, pair.critic(real), on_fake.values)
         return unpenalised + pair.alpha / 2 * on_fake.penalty
 
@@ -151,7 +155,7 @@ def closed_form_update(
 
     The library solves; the loop around it is written by hand.
     """
-    embedding = MeanEmbedding(pair.critic.features, pair.generator, z)
+    embedding = MeanEmbedding(pair.critic.features, z, pair.generator)
     on_real = pair.critic.features(real).mean(0)
     solution = pair.solution = solve_embedding(
         embedding,
@@ -163,13 +167,18 @@ def closed_form_update(
         initial=None if pair.solution is None else pair.solution.weights,
     )
     w = solution.weights
-    slope = (embedding.witness_gradient(w) * solution.tangents).sum()
-    objective = w @ (on_real - embedding.local_mean) - pair.alpha * slope
+
+    def objective(part: EmbeddingPart, _: slice) -> Tensor:
+        slope = (part.witness_gradient(w) * solution.tangents).sum()
+        return w @ (on_real - part.mean) - pair.alpha * slope
+
     features = list(pair.critic.features.parameters())
-    gradients = torch.autograd.grad(-objective, features, materialize_grads=True)
-    moves = embedding.pushforward.unflatten(-solution.parametric_gradient)
-    _step(pair.generator_optimizer, list(pair.generator.parameters()), moves.values())
-    embedding.mean_at(dict(pair.generator.named_parameters()))
+    ascent = embedding.average(objective)
+    gradients = torch.autograd.grad(-ascent, features, materialize_grads=True)
+    parameters = dict(pair.generator.named_parameters())
+    moves = unflatten(-solution.parametric_gradient, parameters)
+    _step(pair.generator_optimizer, parameters.values(), moves.values())
+    embedding.mean_at(parameters)
     pair.critic.weights.data.copy_(w)
     _step(pair.critic_optimizer, features, gradients)
 

@@ -9,6 +9,7 @@ penalises the gradient on its own share of the batch.
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 import tempfile
@@ -24,9 +25,21 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mmd import MMDGAN, Gaussian, LearnedKernelCritic, MMDTracker
+from lightning_mmd import (
+    MMDGAN,
+    Batch,
+    ClosedForm,
+    Game,
+    Gaussian,
+    GradientAscent,
+    Lagged,
+    LearnedKernelCritic,
+    MMDTracker,
+    Processes,
+    Split,
+    UpdateRule,
+)
 from lightning_mmd.networks import ConvFeatures, ConvGenerator
-from lightning_mmd.penalties import PenalisedCritic, penalised_critic
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from reporting import save_table
@@ -35,11 +48,12 @@ RESULTS = Path(__file__).parent / "results"
 SHAPE, LATENT_DIM, NUM_FEATURES, BATCH = (1, 8, 8), 8, 32, 64
 
 
-class RankLocal(MMDGAN):
+class RankLocal(GradientAscent):
     """The naive penalty: no process knows of the others' gradients."""
 
-    def _penalised_critic(self, z: Tensor, *_: Any, **__: Any) -> PenalisedCritic:
-        return penalised_critic(self.critic, self.generator, z)
+    def _on_penalised(self, game: Game, *arguments: Any) -> Any:
+        alone = dataclasses.replace(game, processes=Processes())
+        return super()._on_penalised(alone, *arguments)
 
 
 @dataclass(frozen=True)
@@ -48,26 +62,25 @@ class Case:
 
     name: str
     gradients: tuple[str, ...] = ("critic", "generator")
-    arguments: dict[str, Any] = field(default_factory=dict)
-    model: type[MMDGAN] = MMDGAN
+    rule: UpdateRule = field(default_factory=ClosedForm)
     promised: bool = True
 
 
-_ADVERSARIAL = {"critic_mode": "adversarial", "alpha": 0.0, "beta": 0.0}
-_PENALISED = _ADVERSARIAL | {"alpha": 1.0}
+def _penalised(**options: Any) -> GradientAscent:
+    return GradientAscent(**({"beta": 0.0, "estimator": Batch()} | options))
+
+
 CASES = [
-    Case("critic loss", arguments=_ADVERSARIAL),
-    Case("critic loss, RKHS norm", arguments=_ADVERSARIAL | {"beta": 1.0}),
-    Case("penalty, forward", ("critic",), _PENALISED),
-    Case(
-        "penalty, double_backward", ("critic",), _PENALISED | {"penalty_method": "double_backward"}
-    ),
-    Case("penalty, split", ("critic",), _PENALISED | {"penalty_estimator": "split"}),
-    Case("penalty, lagged", ("critic",), _PENALISED | {"penalty_estimator": "lagged"}),
-    Case("witness direction L f", ("generator",), {"beta": 0.1}),
-    Case("witness features", ("critic",), {"beta": 0.1}),
-    Case("MMD^2 (MMDTracker)", ("mmd2",), {"beta": 0.1}),
-    Case("rank-local penalty", ("critic",), _PENALISED, RankLocal, promised=False),
+    Case("critic loss", rule=GradientAscent(alpha=0.0, beta=0.0)),
+    Case("critic loss, RKHS norm", rule=GradientAscent(alpha=0.0, beta=1.0)),
+    Case("penalty, forward", ("critic",), _penalised()),
+    Case("penalty, double_backward", ("critic",), _penalised(method="double_backward")),
+    Case("penalty, split", ("critic",), _penalised(estimator=Split())),
+    Case("penalty, lagged", ("critic",), _penalised(estimator=Lagged())),
+    Case("witness direction L f", ("generator",), ClosedForm(beta=0.1)),
+    Case("witness features", ("critic",), ClosedForm(beta=0.1)),
+    Case("MMD^2 (MMDTracker)", ("mmd2",), ClosedForm(beta=0.1)),
+    Case("rank-local penalty", ("critic",), RankLocal(beta=0.0, estimator=Batch()), promised=False),
 ]
 
 
@@ -133,14 +146,13 @@ def measure(
     """Return the gradients and the metric of one configuration on `world` processes."""
     torch.manual_seed(0)
     features = ConvFeatures(SHAPE, NUM_FEATURES, channels=(8, 16))
-    model = case.model(
+    model = MMDGAN(
         ConvGenerator(SHAPE, LATENT_DIM, channels=(16, 8)),
         LearnedKernelCritic(features, NUM_FEATURES),
         generator_optimizer=_still,
         critic_optimizer=_still,
-        latent_dim=LATENT_DIM,
-        sample_latents=None if "mmd2" in case.gradients else Latents(),
-        **case.arguments,
+        rule=case.rule,
+        latents=LATENT_DIM if "mmd2" in case.gradients else Latents(),
     )
     recorder = Recorder()
     tracker = MMDTracker(Gaussian(5.0), num_real=BATCH, num_fake=BATCH, floor=False)

@@ -24,10 +24,14 @@ from torch import Tensor
 
 from lightning_mmd import (
     MMDGAN,
+    Batch,
     Gaussian,
+    GradientAscent,
+    Lagged,
     LearnedKernelCritic,
     MMDTracker,
     RationalQuadratic,
+    Split,
     SumKernel,
     parametric_gradient,
     parametric_gradient_penalty,
@@ -38,11 +42,9 @@ from lightning_mmd.networks import ConvFeatures, ConvGenerator, MLPFeatures, MLP
 METHODS: dict[str, dict[str, Any]] = {
     "no penalty": {"alpha": 0.0},
     "batch": {},
-    "split": {"penalty_estimator": "split"},
-    "lagged": {"penalty_estimator": "lagged"},
-    "batch, every 4th step": {"penalty_interval": 4},
-    "batch, on a quarter": {"penalty_fraction": 0.25},
-    "lagged, every 4th step": {"penalty_estimator": "lagged", "penalty_interval": 4},
+    "split": {"estimator": Split()},
+    "lagged": {"estimator": Lagged()},
+    "batch, on a quarter": {"fraction": 0.25},
 }
 MIXTURE_BATCH, DIGITS_BATCH, LATENT_DIM = 128, 64, 16
 UPDATES = {"mixture": 300, "digits": 200}
@@ -61,15 +63,15 @@ def make_model(task: str, seed: int, **arguments: Any) -> MMDGAN:
     else:
         generator = ConvGenerator((1, 8, 8), LATENT_DIM, (32, 16))
         critic = LearnedKernelCritic(ConvFeatures((1, 8, 8), 256, (16, 32)), 256)
-    arguments = {"alpha": 1.0, "beta": 0.01, "seed": seed} | arguments
+    rule = GradientAscent(**({"alpha": 1.0, "beta": 0.01, "estimator": Batch()} | arguments))
     return MMDGAN(
         generator,
         critic,
-        LATENT_DIM,
-        critic_mode="adversarial",
+        rule,
+        latents=LATENT_DIM,
+        seed=seed,
         generator_optimizer=_adam,
         critic_optimizer=_adam,
-        **arguments,
     )
 
 
@@ -117,21 +119,18 @@ def spread(model: MMDGAN, arguments: dict[str, Any], num_batches: int) -> tuple[
     population = torch.randn(4096, LATENT_DIM, generator=torch.Generator().manual_seed(0))
     whole = parametric_gradient_penalty(critic, generator, population).detach()
     rng = torch.Generator().manual_seed(1)
-    interval = arguments.get("penalty_interval", 1)
-    num = int(MIXTURE_BATCH * arguments.get("penalty_fraction", 1.0))
+    num = int(MIXTURE_BATCH * arguments.get("fraction", 1.0))
 
     def draw(num: int) -> Tensor:
         return population[torch.randint(len(population), (num,), generator=rng)]
 
     values = []
     for _ in range(num_batches):
-        options: dict[str, Any] = {}
-        if arguments.get("penalty_estimator") == "split":
-            options["estimator"] = "split"
-        elif arguments.get("penalty_estimator") == "lagged":
-            options["direction"] = parametric_gradient(critic, generator, draw(MIXTURE_BATCH))
-        value = parametric_gradient_penalty(critic, generator, draw(num), **options)
-        values += [interval * float(value / whole)] + [0.0] * (interval - 1)
+        estimator = arguments.get("estimator", Batch())
+        if isinstance(estimator, Lagged):
+            estimator.observe(parametric_gradient(critic, generator, draw(MIXTURE_BATCH)))
+        value = parametric_gradient_penalty(critic, generator, draw(num), estimator=estimator)
+        values.append(float(value / whole))
     return fmean(values) - 1, stdev(values)
 
 

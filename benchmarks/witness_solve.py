@@ -25,6 +25,7 @@ from torch.func import functional_call
 from lightning_mmd import Gaussian, RandomFourierFeatures, median_bandwidth, solve_witness
 from lightning_mmd.data import DigitsDataModule
 from lightning_mmd.networks import ConvFeatures, ConvGenerator
+from lightning_mmd.parameters import unflatten
 from lightning_mmd.witness import WitnessSolution
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -107,6 +108,14 @@ def exact_secants(system: Tensor) -> Tensor:
     return torch.stack([vectors.T, values[:, None] * vectors.T], dim=1)
 
 
+@torch.no_grad()
+def follow(generator: nn.Module, step: torch.Tensor) -> None:
+    """Add a vector to a generator's parameters."""
+    parameters = dict(generator.named_parameters())
+    for name, move in unflatten(step, parameters).items():
+        parameters[name] += move
+
+
 def warm_start(
     learned: bool, fresh: bool, eta: float, num_features: int, num_updates: int, batch_size: int
 ) -> dict[str, Any]:
@@ -167,11 +176,7 @@ def warm_start(
             (-objective).backward()
             ascent.step()
             ascent.zero_grad()
-        step = eta * solution.parametric_gradient
-        sizes = [p.numel() for p in generator.parameters()]
-        with torch.no_grad():
-            for p, move in zip(generator.parameters(), step.split(sizes), strict=True):
-                p += move.view_as(p)
+        follow(generator, eta * solution.parametric_gradient)
     return {
         "features": "learned" if learned else "fixed",
         "batches": "fresh" if fresh else "held",

@@ -33,6 +33,7 @@ from witness_fields import mixture
 from lightning_mmd import (
     MMDGAN,
     BandwidthSchedule,
+    ClosedForm,
     Gaussian,
     LearnedKernelCritic,
     RandomFourierFeatures,
@@ -108,9 +109,8 @@ def train_generator(seed: int, width: float | None, num_updates: int) -> Curve:
     model = MMDGAN(
         MLPGenerator(2, 8, (64, 64)),
         LearnedKernelCritic(nn.Identity(), 2, features),
-        latent_dim=8,
-        beta=1e-2,
-        witness_iterations=8,
+        ClosedForm(beta=1e-2, max_iterations=8),
+        latents=8,
         seed=seed,
     )
     distance = Distance(max(1, num_updates // 20))

@@ -34,8 +34,10 @@ from torch.utils.data import DataLoader
 
 from lightning_mmd import (
     MMDGAN,
+    Batch,
     ConvergenceMonitor,
     Gaussian,
+    GradientAscent,
     LearnedKernelCritic,
     RandomFourierFeatures,
 )
@@ -64,12 +66,10 @@ def fixed_kernel(
     model = MMDGAN(
         MLPGenerator(2, 2, (32, 32)),
         LearnedKernelCritic(nn.Identity(), 2, features),
-        alpha=alpha,
-        beta=0.01 * alpha,
-        critic_mode="adversarial",
+        GradientAscent(alpha=alpha, beta=0.01 * alpha, estimator=Batch()),
         generator_optimizer=adam(5e-3),
         critic_optimizer=adam(critic_lr),
-        sample_latents=lambda num: spread * torch.randn(num, 2),
+        latents=lambda num: spread * torch.randn(num, 2),
         seed=seed,
     )
     return model, DataLoader(mixture(2560, 0.2, seed), batch_size=256, shuffle=True)
@@ -87,10 +87,8 @@ def learned_kernel(seed: int, alpha: float) -> tuple[MMDGAN, DataLoader]:
     model = MMDGAN(
         generator,
         critic,
-        latent_dim=2,
-        alpha=alpha,
-        beta=BETA,
-        critic_mode="adversarial",
+        GradientAscent(alpha=alpha, beta=BETA, estimator=Batch()),
+        latents=2,
         generator_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=GENERATOR_LR),
         critic_optimizer=sgd,
         seed=seed,
@@ -125,10 +123,8 @@ def bilinear(seed: int, alpha: float, lr: float = 0.05) -> tuple[MMDGAN, DataLoa
     model = MMDGAN(
         Shift(),
         critic,
-        sample_latents=latents,
-        alpha=alpha,
-        beta=0.0,
-        critic_mode="adversarial",
+        GradientAscent(alpha=alpha, beta=0.0, estimator=Batch()),
+        latents=latents,
         generator_optimizer=sgd,
         critic_optimizer=sgd,
         seed=seed,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from reporting import new_figure, save_figure, save_table
@@ -70,6 +71,23 @@ def limit(values: Sequence[float]) -> float:
     return values[0]
 
 
+def label(
+    decay_axes: Any, ratio_axes: Any, order_axes: Any, times: list[float], steps: list[float]
+) -> None:
+    """Draw what is expected into the three panels, and name their axes."""
+    decay_axes.semilogy(
+        times, [math.exp(-2 * t / ALPHA) for t in times], "k--", label=r"$e^{-2t/\alpha}$"
+    )
+    decay_axes.set(title="F(t) / F(0)", xlabel=r"$t / \alpha$")
+    ratio_axes.axhspan(0.98, 1.02, color="0.92")
+    ratio_axes.set(title="predicted / realised decrease of a step", xlabel=r"$t / \alpha$")
+    order_axes.loglog(steps, steps, "k--", label="order 1")
+    order_axes.set(title="largest |ratio - 1| of a run", xlabel=r"$dt / \alpha$")
+    for axes in (decay_axes, ratio_axes, order_axes):
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 def main(
     seeds: Sequence[int] = (0, 1, 2),
     num_halvings: int = 6,
@@ -117,17 +135,7 @@ def main(
         row["exp(-2t/alpha)"] = math.exp(-2 * decay_horizon / ALPHA)
         decay.append({**row, "path_length": states[-1].length, "length_beta_0": bound})
         decay_axes.semilogy(times, [s.energy / start for s in states], label=rf"$\beta$ = {beta:g}")
-    decay_axes.semilogy(
-        times, [math.exp(-2 * t / ALPHA) for t in times], "k--", label=r"$e^{-2t/\alpha}$"
-    )
-    decay_axes.set(title="F(t) / F(0)", xlabel=r"$t / \alpha$")
-    ratio_axes.axhspan(0.98, 1.02, color="0.92")
-    ratio_axes.set(title="predicted / realised decrease of a step", xlabel=r"$t / \alpha$")
-    order_axes.loglog(steps, steps, "k--", label="order 1")
-    order_axes.set(title="largest |ratio - 1| of a run", xlabel=r"$dt / \alpha$")
-    for axes in (decay_axes, ratio_axes, order_axes):
-        axes.legend(fontsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
+    label(decay_axes, ratio_axes, order_axes, times, steps)
     save_figure(figure, directory / "figures/descent_certificate.png")
 
     tables = {"certificate": certificate, "identity": identity, "decay": decay}

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from reporting import new_figure, save_figure, save_table
@@ -111,6 +112,27 @@ def steps_to_tenth(radius: float) -> float:
     return math.log(0.1) / math.log(max(radius, 0.1)) if radius < 1 else 1e5
 
 
+def draw_map(
+    axes: Any, map_size: int, bandwidths: Sequence[float], norm_weights: Sequence[float]
+) -> Any:
+    """Draw the slowest factor over bandwidth and norm weight; return what a colour bar is about."""
+    widths, weights = torch.logspace(-1.5, 1, map_size), torch.logspace(-2, 1, map_size)
+    learning = {"critic_lr": 0.1, "generator_lr": 0.1, "generated_mass": 0.4, "num_generated": 2}
+    radius = torch.empty(map_size, map_size)
+    for (i, weight), (j, width) in product(enumerate(weights.tolist()), enumerate(widths.tolist())):
+        theory = convergence_rates(bandwidth=width, norm_weight=weight, **learning)
+        radius[i, j] = min(1.1, max(theory.spectral_radius, theory.critic_mode))
+    levels = [0.9 + 0.01 * i for i in range(11)]
+    shades = axes.contourf(widths, weights, radius, levels, cmap="viridis", extend="both")
+    axes.contour(widths, weights, radius, levels=[1.0], colors="red")
+    axes.plot(widths, math.sqrt(0.4 * 0.2) / widths, "w--", label="fastest, published formula")
+    axes.plot(*zip(*product(bandwidths, norm_weights), strict=True), "w.", label="measured")
+    axes.set(xscale="log", yscale="log", ylim=(0.01, 10), xlabel="bandwidth")
+    axes.set(ylabel="norm weight", title="slowest factor a step (red: 1)")
+    axes.legend(fontsize=7, loc="lower left", labelcolor="white", facecolor="0.3")
+    return shades
+
+
 def main(
     sweep_steps: int = 1999,
     bandwidths: Sequence[float] = (0.3, 0.5, 1.0, 2.0),
@@ -142,20 +164,7 @@ def main(
     cases = ((0.8, 1), (0.4, 2))  # masses of the generated points and their number: surplus 0.2
     settings = list(product(bandwidths, norm_weights, cases))
     rates = [measure(bandwidth, weight, *case) for bandwidth, weight, case in settings]
-    widths, weights = torch.logspace(-1.5, 1, map_size), torch.logspace(-2, 1, map_size)
-    learning = {"critic_lr": 0.1, "generator_lr": 0.1, "generated_mass": 0.4, "num_generated": 2}
-    radius = torch.empty(map_size, map_size)
-    for (i, weight), (j, width) in product(enumerate(weights.tolist()), enumerate(widths.tolist())):
-        theory = convergence_rates(bandwidth=width, norm_weight=weight, **learning)
-        radius[i, j] = min(1.1, max(theory.spectral_radius, theory.critic_mode))
-    levels = [0.9 + 0.01 * i for i in range(11)]
-    shades = map_axes.contourf(widths, weights, radius, levels, cmap="viridis", extend="both")
-    map_axes.contour(widths, weights, radius, levels=[1.0], colors="red")
-    map_axes.plot(widths, math.sqrt(0.4 * 0.2) / widths, "w--", label="fastest, published formula")
-    map_axes.plot(*zip(*product(bandwidths, norm_weights), strict=True), "w.", label="measured")
-    map_axes.set(xscale="log", yscale="log", ylim=(0.01, 10), xlabel="bandwidth")
-    map_axes.set(ylabel="norm weight", title="slowest factor a step (red: 1)")
-    map_axes.legend(fontsize=7, loc="lower left", labelcolor="white", facecolor="0.3")
+    shades = draw_map(map_axes, map_size, bandwidths, norm_weights)
     figure.colorbar(shades, ax=map_axes)
 
     points = product(grid_bandwidths, LEARNING_RATES, (1.0, 0.1, 0.01))

@@ -33,10 +33,12 @@ from lightning_mmd import (
     mmd2_features,
     parametric_gradient_penalty,
 )
-from lightning_mmd.damping import AutomaticDamping
+from lightning_mmd.closed_form import TrustRegion
+from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.estimators import Batch
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.penalties import penalised_critic
-from lightning_mmd.witness import MeanEmbedding, solve_embedding
+from lightning_mmd.witness import solve_embedding
 
 DEVIATION = 0.4
 NUM_POINTS = 512  # quadrature points of the target, and of the latents
@@ -179,7 +181,7 @@ def ascend(
         if update == num_updates:
             break
         if alpha > 0:
-            penalised = penalised_critic(critic, generator, z)
+            penalised = penalised_critic(critic, generator, [(z,)], "forward", estimator=Batch())
             values, penalty = penalised.values, penalised.penalty
         else:
             values, penalty = critic(generator(z).detach()), torch.zeros(())
@@ -201,12 +203,12 @@ def solve(seeds: Sequence[int], num_updates: int, learned: bool = False) -> list
     runs = []
     for seed in seeds:
         generator, critic, z, x = start(seed, learned)
-        features, weights, run = critic.feature_map(), None, Run(seed, generator)
+        features, weights, run = critic.feature_map, None, Run(seed, generator)
         network = list(critic.features.parameters())  # empty for a fixed kernel
         optimizer = torch.optim.Adam(network, 1e-3, (0.0, 0.9)) if learned else None
-        control = AutomaticDamping(largest_trust=0.5 / 0.3)
+        control = TrustRegion()
         for update in range(num_updates + 1):
-            embedding = MeanEmbedding(features, generator, z)
+            embedding = MeanEmbedding(features, z, generator)
             if update % max(1, num_updates // 50) == 0:
                 run.record(update, embedding.samples.detach(), x)
             if update == num_updates:
@@ -227,7 +229,7 @@ def solve(seeds: Sequence[int], num_updates: int, learned: bool = False) -> list
             vector_to_parameters(before + dt * solution.parametric_gradient, generator.parameters())
             after = (target - features(generator(z)).mean(0)).square().sum()
             realised = (solution.mmd2.item() - after.item()) / 2
-            if not control.judge(realised, float(solution.model_decrease(dt))):
+            if not control.judge(realised, float(solution.model_decrease(dt)), 0.5 / 0.3):
                 vector_to_parameters(before, generator.parameters())
             if optimizer is not None:  # ascent in the features, the weights held
                 critic.weights.data.copy_(weights)

@@ -19,9 +19,9 @@ from reporting import new_figure, save_figure, save_table
 from torch import Tensor
 
 from lightning_mmd import Gaussian, RandomFourierFeatures, bilinear_game, step_halving
+from lightning_mmd.embedding import MeanEmbedding
 from lightning_mmd.networks import MLPGenerator
-from lightning_mmd.pushforward import trainable_parameters
-from lightning_mmd.witness import MeanEmbedding
+from lightning_mmd.parameters import trainable_parameters
 
 STEP_SIZE = 0.1  # of the generator, the longest; the critic's is half of it
 PENALTIES = ((4.0, 0.1), (0.0, 0.1), (0.0, 0.0))  # (alpha, beta)
@@ -44,7 +44,7 @@ def play(alpha: float, beta: float, step_size: float, num_steps: int, seed: int)
     w = torch.zeros_like(target)
     curve = []
     for step in range(num_steps + 1):
-        model = MeanEmbedding(features, generator, z, parameters)
+        model = MeanEmbedding(features, z, generator, parameters)
         delta = target - model.mean
         curve.append(float(delta @ delta))
         if step == num_steps:

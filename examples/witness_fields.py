@@ -13,6 +13,7 @@ The table says how many modes are found after following each of them.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from reporting import new_figure, save_figure, save_table
@@ -49,6 +50,34 @@ def num_modes_found(y: Tensor) -> int:
     return int(((torch.cdist(centres(), y) < 0.45).double().mean(1) >= 0.5 / 8).sum())
 
 
+def at_noise(witness: KernelWitness, y: Tensor, level: float, num_draws: int) -> Tensor:
+    """Return the witness's gradients at noisy samples, of shape (num_draws, n, d)."""
+    u = torch.randn(num_draws, *y.shape, dtype=torch.float64)
+    return witness.gradient((y + level * u).flatten(0, 1)).view_as(u)
+
+
+def draw(
+    panels: dict[str, tuple[Tensor, Tensor]], line: Tensor, x: Tensor, y: Tensor, jitter: Tensor
+) -> Any:
+    """Draw functions on a grid and the moves of samples; ``jitter``: of one draw of noise."""
+    figure, resolution = new_figure(12, 4.3), len(line)
+    for axes, (title, (values, moves)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        height = values.view(resolution, resolution).T / values.abs().max()
+        height = height.sign() * height.abs().sqrt()  # shows the faint parts
+        axes.contourf(line, line, height, levels=24, cmap="RdBu_r", vmin=-1.1, vmax=1.1)
+        axes.contour(line, line, height, levels=12, colors="white", linewidths=0.4)
+        axes.plot(*x.T, ".", color="black", ms=1.5)
+        axes.plot(*y.T, "o", color="#ffd92f", mec="black", mew=0.3, ms=2.6)
+        unit, tails = moves.norm() / len(y) ** 0.5, y[:90].T
+        if title == "witness seen through noise":
+            axes.quiver(*tails, *(jitter / unit).T, color="0.45", scale=22, width=0.0025)
+        axes.quiver(*tails, *(moves[:90] / unit).T, color="black", scale=22, width=0.0045)
+        axes.set(title=title, xticks=[], yticks=[], aspect="equal")
+        axes.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9))
+        axes.spines[:].set_visible(False)
+    return figure
+
+
 def main(
     bandwidth: float = 0.4,
     noise_level: float = 0.6,
@@ -70,7 +99,6 @@ def main(
     generator.load_state_dict(state.parameters)
     y = generator(z).detach()
     kernel = Gaussian(bandwidth)
-
     plain = KernelWitness(x, y, kernel)
     slope = plain.gradient(y)
     options = {"step_size": 0.5, "num_steps": num_steps}
@@ -83,22 +111,20 @@ def main(
     *_, state = generator_flow(generator, z, features, features(x).mean(0), **flow)
     regularised = functional_call(generator, state.parameters, (z,)).detach()
 
-    u = torch.randn(num_draws, *y.shape, dtype=torch.float64)
-    noisy = plain.gradient((y + noise_level * u).flatten(0, 1)).view_as(u)
+    noisy = at_noise(plain, y, noise_level, num_draws)
     rng = torch.Generator().manual_seed(seed)
     noise = ConstantNoise(noise_level, until=num_steps * 2 // 3)
     *_, moved = point_flow(y, x, kernel, noise=noise, rng=rng, **options)
 
     rows = []
     fields = {"plain": slope, "regularised": solution.tangents, "noisy": noisy.mean(0)}
-    ends = (still.particles, regularised, moved.particles)
+    ends = still.particles, regularised, moved.particles
     for (field, moves), end in zip(fields.items(), ends, strict=True):
         alignment = (moves * slope).sum() / (moves.norm() * slope.norm())
         row = {"field": field, "rms_move": f"{moves.norm() / len(y) ** 0.5:.6f}"}
         row |= {"alignment": f"{alignment:.6f}", "mmd2": f"{mmd2_biased(x, y, kernel):.6f}"}
         row |= {"mmd2_end": f"{mmd2_biased(x, end, kernel):.6f}", "modes": num_modes_found(y)}
         rows.append({**row, "modes_end": num_modes_found(end)})
-
     line = torch.linspace(-2.9, 2.9, resolution, dtype=torch.float64)
     points = torch.cartesian_prod(line, line)
     widened = (bandwidth**2 + noise_level**2) ** 0.5  # E f(y + level u) has a wider kernel
@@ -108,21 +134,7 @@ def main(
         "regularised witness": (features(points) @ solution.weights, solution.tangents),
         "witness seen through noise": (faded, noisy.mean(0)),
     }
-    figure = new_figure(12, 4.3)
-    for axes, (title, (values, moves)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        height = values.view(resolution, resolution).T / values.abs().max()
-        height = height.sign() * height.abs().sqrt()  # shows the faint parts
-        axes.contourf(line, line, height, levels=24, cmap="RdBu_r", vmin=-1.1, vmax=1.1)
-        axes.contour(line, line, height, levels=12, colors="white", linewidths=0.4)
-        axes.plot(*x.T, ".", color="black", ms=1.5)
-        axes.plot(*y.T, "o", color="#ffd92f", mec="black", mew=0.3, ms=2.6)
-        unit, tails = moves.norm() / len(y) ** 0.5, y[:90].T
-        if moves is panels["witness seen through noise"][1]:
-            axes.quiver(*tails, *(noisy[0, :90] / unit).T, color="0.45", scale=22, width=0.0025)
-        axes.quiver(*tails, *(moves[:90] / unit).T, color="black", scale=22, width=0.0045)
-        axes.set(title=title, xticks=[], yticks=[], aspect="equal")
-        axes.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9))
-        axes.spines[:].set_visible(False)
+    figure = draw(panels, line, x, y, noisy[0, :90])
     save_figure(figure, directory / "figures/witness_fields.png", dpi=90)
     save_table(rows, directory / "results/witness_fields.csv")
     return rows

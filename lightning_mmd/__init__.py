@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mmd.batches import BatchParts
     from lightning_mmd.callbacks import (
         BandwidthSchedule,
         ConvergenceMonitor,
@@ -16,10 +17,23 @@ if TYPE_CHECKING:
         RelativeTestLR,
         SampleGrid,
     )
-    from lightning_mmd.critics import LearnedKernelCritic
+    from lightning_mmd.closed_form import ClosedForm, TrustRegion
+    from lightning_mmd.critics import EmbeddingCritic, LearnedKernelCritic
+    from lightning_mmd.deep_kernel import DeepKernel
+    from lightning_mmd.embedding import MeanEmbedding
+    from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
+    from lightning_mmd.game import DivergedError, Game, Player, Processes, UpdateRule
+    from lightning_mmd.gradient_ascent import GradientAscent
     from lightning_mmd.halving import bilinear_game, step_halving
+    from lightning_mmd.kernel_objectives import (
+        Attractive,
+        KernelObjective,
+        Repulsive,
+        SlopePenalty,
+    )
+    from lightning_mmd.kernel_witness import KernelWitness
     from lightning_mmd.kernels import (
         Energy,
         Gaussian,
@@ -32,6 +46,7 @@ if TYPE_CHECKING:
         SumKernel,
         median_bandwidth,
     )
+    from lightning_mmd.latents import Latents
     from lightning_mmd.metrics import MaximumMeanDiscrepancy
     from lightning_mmd.mmd import (
         mmd2_biased,
@@ -48,6 +63,7 @@ if TYPE_CHECKING:
         HalvingNoise,
         PlateauNoise,
     )
+    from lightning_mmd.objectives import KALE, Hinge, Logistic, Objective
     from lightning_mmd.penalties import (
         input_gradient_penalty,
         parametric_gradient_penalty,
@@ -55,9 +71,16 @@ if TYPE_CHECKING:
     )
     from lightning_mmd.pushforward import parametric_gradient, parametric_tangent
     from lightning_mmd.rates import convergence_rates, suggest_hyperparameters
-    from lightning_mmd.witness import KernelWitness, solve_witness
+    from lightning_mmd.witness import (
+        Image,
+        ParametricGramian,
+        System,
+        WitnessSolution,
+        solve_witness,
+    )
 
 _HOMES = {
+    "batches": ["BatchParts"],
     "callbacks": [
         "BandwidthSchedule",
         "ConvergenceMonitor",
@@ -70,10 +93,18 @@ _HOMES = {
         "RelativeTestLR",
         "SampleGrid",
     ],
-    "critics": ["LearnedKernelCritic"],
+    "closed_form": ["ClosedForm", "TrustRegion"],
+    "critics": ["EmbeddingCritic", "LearnedKernelCritic"],
+    "deep_kernel": ["DeepKernel"],
+    "embedding": ["MeanEmbedding"],
+    "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
+    "game": ["DivergedError", "Game", "Player", "Processes", "UpdateRule"],
+    "gradient_ascent": ["GradientAscent"],
     "halving": ["bilinear_game", "step_halving"],
+    "kernel_objectives": ["Attractive", "KernelObjective", "Repulsive", "SlopePenalty"],
+    "kernel_witness": ["KernelWitness"],
     "kernels": [
         "Energy",
         "Gaussian",
@@ -86,6 +117,7 @@ _HOMES = {
         "SumKernel",
         "median_bandwidth",
     ],
+    "latents": ["Latents"],
     "metrics": ["MaximumMeanDiscrepancy"],
     "mmd": [
         "mmd2_biased",
@@ -102,64 +134,15 @@ _HOMES = {
         "HalvingNoise",
         "PlateauNoise",
     ],
+    "objectives": ["KALE", "Hinge", "Logistic", "Objective"],
     "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
     "pushforward": ["parametric_gradient", "parametric_tangent"],
     "rates": ["convergence_rates", "suggest_hyperparameters"],
-    "witness": ["KernelWitness", "solve_witness"],
+    "witness": ["Image", "ParametricGramian", "System", "WitnessSolution", "solve_witness"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "MMDGAN",
-    "AdaptiveNoise",
-    "BandwidthSchedule",
-    "ConstantNoise",
-    "ConvergenceMonitor",
-    "Energy",
-    "Gaussian",
-    "GeneratorEMA",
-    "GeneratorProgressBar",
-    "GeometricNoise",
-    "HalvingNoise",
-    "InstanceNoise",
-    "InverseMultiquadric",
-    "Kernel",
-    "KernelWitness",
-    "Laplace",
-    "LearnedKernelCritic",
-    "Linear",
-    "MMDTracker",
-    "MaximumMeanDiscrepancy",
-    "NoiseInjection",
-    "ParametricGradientPenalty",
-    "PlateauNoise",
-    "Polynomial",
-    "RandomFourierFeatures",
-    "RationalQuadratic",
-    "RelativeTestLR",
-    "SampleGrid",
-    "SumFeatures",
-    "SumKernel",
-    "bilinear_game",
-    "convergence_rates",
-    "generator_flow",
-    "input_gradient_penalty",
-    "kernel_gan_flow",
-    "median_bandwidth",
-    "mmd2_biased",
-    "mmd2_features",
-    "mmd2_unbiased",
-    "parametric_gradient",
-    "parametric_gradient_penalty",
-    "parametric_tangent",
-    "point_flow",
-    "relative_similarity_test",
-    "rkhs_norm_penalty",
-    "solve_witness",
-    "step_halving",
-    "suggest_hyperparameters",
-    "two_sample_test",
-]
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

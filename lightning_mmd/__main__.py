@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_mmd.versions import find_versions
+from lightning_mmd.commands.versions import find_versions
 
 
 def main() -> None:

@@ -5,35 +5,48 @@ import difflib
 import logging
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_mmd.callbacks  # what these hold can then be named in YAML without its path
+import lightning_mmd.closed_form
 import lightning_mmd.critics
 import lightning_mmd.data
+import lightning_mmd.deep_kernel
+import lightning_mmd.estimators
 import lightning_mmd.features
+import lightning_mmd.gradient_ascent
+import lightning_mmd.kernel_objectives
 import lightning_mmd.kernels
 import lightning_mmd.networks
 import lightning_mmd.noise
+import lightning_mmd.objectives
 from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
-from lightning_mmd.doctor import examine
+from lightning_mmd.commands.doctor import examine
+from lightning_mmd.commands.halving import climb
+from lightning_mmd.commands.sample import check_checkpoint, sample
 from lightning_mmd.halving import StepHalving
-from lightning_mmd.ladder import climb
+from lightning_mmd.internals import (
+    callbacks_of,
+    is_fast_dev_run,
+    offline,
+    short_help,
+    switch_offline,
+)
 from lightning_mmd.module import MMDGAN
 
-__all__ = ["MMDCLI", "doctor", "halving", "main", "sample"]
+__all__ = ["MMDCLI", "doctor", "halving", "main"]
 
 _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
@@ -51,11 +64,29 @@ _NOISE = (  # warnings that say nothing to a user of this command
 )
 
 
-class MMDCLI(LightningCLI):
-    """LightningCLI for ``MMDGAN``: data modules, loggers and callbacks by name.
+class Parser(LightningArgumentParser):
+    """A parser whose help does not list hundreds of classes."""
 
-    ``seed_everything`` is the model's seed too. What a checkpoint recorded never replaces what the
-    configuration says.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=short_help(), **kwargs)
+
+
+def _rules_afresh(arguments: list[str]) -> list[str]:
+    """Put ``--model.rule=null`` before every rule that is named."""
+    afresh = []
+    for argument in arguments:
+        if re.match(r"--model\.rule(=\w|$)", argument):
+            afresh.append("--model.rule=null")
+        afresh.append(argument)
+    return afresh
+
+
+class MMDCLI(LightningCLI):
+    """LightningCLI for ``MMDGAN``: rules, data modules, loggers and callbacks by name.
+
+    A rule that is named among the arguments starts afresh: what a file says of another rule does
+    not carry over, though names may agree. ``seed_everything`` is the model's seed too. What a
+    checkpoint recorded never replaces what the configuration says.
     """
 
     @staticmethod
@@ -63,8 +94,14 @@ class MMDCLI(LightningCLI):
         """Return Lightning's subcommands, without one that has no data here."""
         return {n: skip for n, skip in LightningCLI.subcommands().items() if n != "predict"}
 
+    def __init__(self, *positional: Any, args: ArgsType = None, **kwargs: Any) -> None:
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            arguments = list(_rules_afresh(arguments))
+        super().__init__(*positional, args=arguments, parser_class=Parser, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the seeds."""
+        """Link the seeds. A default rule would lend its arguments to the rule that a file names."""
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_model_seed)
 
     def _parse_ckpt_path(self) -> None:
@@ -92,10 +129,10 @@ class MMDCLI(LightningCLI):
     def after_fit(self) -> None:
         """Save the last state beside the other checkpoints and say what came of the run."""
         checkpoint = None
-        if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_fast_dev_run(self.trainer):
             callback = self.trainer.checkpoint_callback
-            if callback is not None and callback.dirpath:  # pyright: ignore
-                checkpoint = Path(callback.dirpath) / "last.ckpt"  # pyright: ignore
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                checkpoint = Path(callback.dirpath) / "last.ckpt"
                 self.trainer.save_checkpoint(checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
@@ -152,7 +189,7 @@ class DoctorCLI(BuiltCLI):
 
 
 def halving(args: list[str]) -> StepHalving:
-    """Run the halving test of a training, see :func:`lightning_mmd.ladder.climb`.
+    """Run the halving test of a training, see :func:`lightning_mmd.commands.halving.climb`.
 
     Args:
         args: Arguments of ``fit``, and ``--num_halvings``, ``--seeds`` and ``--tolerance``.
@@ -195,29 +232,6 @@ def _model_seed(seed_everything: bool | int) -> int:
     return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Raise a clear error unless a file is a readable checkpoint of an ``MMDGAN``.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read or comes from another kind of module.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}. Give the path of a .ckpt file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is cut off, damaged or of another kind. "
-            "Take an earlier checkpoint."
-        ) from error
-    if not isinstance(checkpoint, dict) or "mmdgan" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of MMDGAN. Give one that this package wrote.")
-
-
 def log_offline_without_login(trainer: Trainer) -> None:
     """Switch W&B loggers to offline mode, with a warning, where no login is to be had.
 
@@ -225,7 +239,7 @@ def log_offline_without_login(trainer: Trainer) -> None:
         trainer: The trainer whose loggers are about to start.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers or "WANDB_MODE" in os.environ or all(logger._offline for logger in loggers):
+    if not loggers or "WANDB_MODE" in os.environ or all(map(offline, loggers)):
         return
     import wandb
 
@@ -235,7 +249,7 @@ def log_offline_without_login(trainer: Trainer) -> None:
         reason = f"the login failed ({error})"
     if reason:
         for logger in loggers:
-            logger._wandb_init["mode"] = "offline"
+            switch_offline(logger)
         rank_zero_warn(
             f"Weights & Biases: {reason}, so the run is logged offline. Run 'wandb login' once, or "
             "set WANDB_API_KEY; 'wandb sync' uploads the folder later."
@@ -253,7 +267,7 @@ def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
         A few lines of text.
     """
     lines = [f"{trainer.global_step} generator updates"]
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, MMDTracker) and callback.history:
             lines[0] += f"; {callback.name.replace('mmd2', 'MMD^2')} {_descent(callback)}"
         if isinstance(callback, SampleGrid) and callback.last_path:
@@ -277,45 +291,23 @@ def _descent(tracker: MMDTracker) -> str:
     return f"{start:.4g} -> {last:.4g} ({fall}{floor})"
 
 
-def sample(
-    ckpt_path: Path,
-    num: int = 64,
-    output: Path = Path("samples.png"),
-    num_columns: int = 8,
-    scale: int = 1,
-    value_range: tuple[float, float] | None = None,
-    seed: int = 0,
-) -> None:
-    """Draw samples from a checkpoint into one picture, with averaged weights where it has any.
-
-    Args:
-        ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote.
-        num: How many samples, >= 1; take thousands for points in the plane.
-        output: The PNG file.
-        num_columns: Images in a row.
-        scale: Enlarges every pixel to scale x scale.
-        value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
-            range of both axes, by default what holds them all.
-        seed: Of the latents.
-    """
-    check_checkpoint(ckpt_path)
-    if num < 1:
-        raise ValueError(f"--num must be at least 1, got {num}.")
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output must be a .png file, got {output}.")
-    try:
-        model = MMDGAN.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
-    except TypeError as error:
-        raise ValueError(
-            f"{ckpt_path} does not say how its networks are built, because they were made in "
-            "Python. Load it there: MMDGAN.load_from_checkpoint(path, generator=..., critic=...)."
-        ) from error
-    grid = SampleGrid(
-        num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
+def _sample(args: list[str]) -> None:
+    auto_cli(
+        sample, args=args, as_positional=False, prog="lightning-mmd sample", exit_on_error=False
     )
-    grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
-    weights = "" if model.averaged_generator is None else " (averaged weights)"
-    print(f"{num} samples{weights}: {output}")
+
+
+def _doctor(args: list[str]) -> None:
+    if not doctor(args):
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "sample": _sample,
+    "halving": halving,
+    "doctor": _doctor,
+}
+"""Subcommands besides those of Lightning, by name: functions of the arguments after it."""
 
 
 def run(args: ArgsType = None) -> None:
@@ -329,16 +321,8 @@ def run(args: ArgsType = None) -> None:
     if "" not in sys.path:  # so that a user's own networks are found beside the configuration
         sys.path.insert(0, "")
     arguments = sys.argv[1:] if args is None else args
-    if isinstance(arguments, list) and arguments[:1] == ["sample"]:
-        prog = "lightning-mmd sample"
-        auto_cli(sample, args=arguments[1:], as_positional=False, prog=prog, exit_on_error=False)
-        return
-    if isinstance(arguments, list) and arguments[:1] == ["halving"]:
-        halving(arguments[1:])
-        return
-    if isinstance(arguments, list) and arguments[:1] == ["doctor"]:
-        if not doctor(arguments[1:]):
-            sys.exit(1)
+    if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
         return
     MMDCLI(
         MMDGAN,
@@ -380,21 +364,37 @@ def _explain(error: Exception) -> str:
     if unknown is not None:
         return f"there is no class named {unknown[1]!r}. {_neighbours(unknown[1])}"
     key = re.search(r'Parser key "([\w.]+)"', text)
+    text = _of_the_class(text)
     problem = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)':\n\s*(.+)", text)
     if key is not None and problem is not None:
         return f"{problem[1]}: {problem[2].strip()}. See --{key[1]}.help {problem[1]}"
     return text
 
 
+def _of_the_class(text: str) -> str:
+    """Of what a parser says of an optional argument, take what is not about None."""
+    if "Union subtypes" not in text or "Errors:" not in text:
+        return text
+    errors = re.split(r"\n\s*- ", text.split("Errors:", 1)[1])
+    about = [error.strip() for error in errors if error.strip() and "NoneType" not in error]
+    return about[0] if about else text
+
+
 def _neighbours(name: str) -> str:
     modules = (
         lightning_mmd.callbacks,
+        lightning_mmd.closed_form,
         lightning_mmd.critics,
         lightning_mmd.data,
+        lightning_mmd.deep_kernel,
+        lightning_mmd.estimators,
         lightning_mmd.features,
+        lightning_mmd.gradient_ascent,
+        lightning_mmd.kernel_objectives,
         lightning_mmd.kernels,
         lightning_mmd.networks,
         lightning_mmd.noise,
+        lightning_mmd.objectives,
     )
     values = {n: v for m in modules for n, v in vars(m).items() if isinstance(v, type)}
     known = sorted(n for n, v in values.items() if n[0] != "_" and "lightning_mmd" in v.__module__)

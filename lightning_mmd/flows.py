@@ -16,14 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.kernel_witness import KernelWitness
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased
-from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule, PlateauNoise, hessian_constant
-from lightning_mmd.pushforward import trainable_parameters
+from lightning_mmd.noise import Moment, Noise, hessian_constant
+from lightning_mmd.parameters import trainable_parameters, unflatten
 from lightning_mmd.witness import (
-    KernelWitness,
-    MeanEmbedding,
     WitnessConvergenceWarning,
+    WitnessSolution,
+    check_problem,
     solve_embedding,
 )
 
@@ -48,7 +50,7 @@ class PointState:
         mmd2: Biased MMD^2 of target and particles, twice the energy that the flow descends.
         noise: Level of the noise in the step that led here, 0 at the start.
         rng_state: State of the generator of the noise, None without noise.
-        memory: What `PlateauNoise` has seen so far, None for other noise.
+        memory: What the noise remembers, None for noise that remembers nothing.
     """
 
     particles: Tensor
@@ -67,7 +69,7 @@ def point_flow(
     *,
     step_size: float,
     num_steps: int,
-    noise: NoiseSchedule | AdaptiveNoise | PlateauNoise | None = None,
+    noise: Noise | None = None,
     rng: torch.Generator | None = None,
 ) -> Iterator[PointState]:
     r"""Move particles along the MMD flow, with noise injection if asked for.
@@ -127,13 +129,14 @@ def point_flow(
             "this state comes from a flow without noise and has no random state. Start from its "
             "particles, with a rng."
         )
-    if isinstance(noise, PlateauNoise) and initial.memory is None:
+    memory = None if noise is None else noise.begin(initial.mmd2)
+    if memory is not None and initial.memory is None:
         if initial.step > 0:
             raise ValueError(
-                "this state comes from a flow with other noise, which PlateauNoise cannot take "
-                "over. Start from its particles, with a rng."
+                f"this state comes from a flow with other noise, which {type(noise).__name__} "
+                "cannot take over. Start from its particles, with a rng."
             )
-        initial = dataclasses.replace(initial, memory=noise.begin(initial.mmd2))
+        initial = dataclasses.replace(initial, memory=memory)
     return _point_flow(initial, target, kernel, step_size, num_steps, noise)
 
 
@@ -143,7 +146,7 @@ def _point_flow(
     kernel: Kernel,
     step_size: float,
     num_steps: int,
-    noise: NoiseSchedule | AdaptiveNoise | PlateauNoise | None,
+    noise: Noise | None,
 ) -> Iterator[PointState]:
     yield state
     for _ in range(num_steps):
@@ -154,18 +157,10 @@ def _point_flow(
             rng.set_state(rng_state)
             u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=rng)
             rng_state = rng.get_state()
-            if isinstance(noise, AdaptiveNoise):
-                level = _adapted_level(noise, state, witness, kernel, u)
-            elif isinstance(noise, PlateauNoise):
-                level = noise.level(memory, state.step) if memory else 0.0
-            else:
-                level = noise.level(state.step)
+            level = noise.at(_moment(state, witness, kernel, u))
         y = y + step_size * witness.gradient(y + level * u)
         step, mmd2 = state.step + 1, float(mmd2_biased(target, y, kernel))
-        if isinstance(noise, PlateauNoise) and memory is not None:
-            memory = noise.advance(memory, step, mmd2)
-        else:
-            memory = None
+        memory = None if noise is None else noise.advance(memory, step, mmd2)
         state = PointState(
             particles=y,
             step=step,
@@ -178,16 +173,15 @@ def _point_flow(
         yield state
 
 
-def _adapted_level(
-    noise: AdaptiveNoise, state: PointState, witness: KernelWitness, kernel: Kernel, u: Tensor
-) -> float:
-    def dissipation(beta: float) -> float:
-        return float(witness.gradient(state.particles + beta * u).square().sum(1).mean())
-
-    return noise.level(
+def _moment(state: PointState, witness: KernelWitness, kernel: Kernel, u: Tensor) -> Moment:
+    return Moment(
+        step=state.step,
+        memory=state.memory,
         energy=0.5 * state.mmd2,
-        constant=hessian_constant(kernel) ** 2 * float(u.square().sum(1).mean()),
-        dissipation=dissipation,
+        constant=lambda: hessian_constant(kernel) ** 2 * float(u.square().sum(1).mean()),
+        dissipation=lambda level: float(
+            witness.gradient(state.particles + level * u).square().sum(1).mean()
+        ),
     )
 
 
@@ -292,7 +286,8 @@ def generator_flow(
     start = {n: p.detach().clone() for n, p in trainable_parameters(generator).items()}
 
     def observe(parameters: dict[str, Tensor], previous: GeneratorState | None) -> GeneratorState:
-        embedding = MeanEmbedding(features, copy.deepcopy(generator), z, parameters)
+        embedding = MeanEmbedding(features, z, copy.deepcopy(generator), parameters)
+        check_problem(embedding, target_embedding, alpha, beta, tolerance, max_iterations)
         gap = target_embedding - embedding.mean
         solution = solve_embedding(
             embedding,
@@ -303,14 +298,7 @@ def generator_flow(
             max_iterations=max_iterations,
             initial=None if previous is None else previous.weights,
         )
-        if not solution.residual <= tolerance:
-            warnings.warn(
-                f"a witness of the flow has a relative residual of {solution.residual:.2g} after "
-                f"{solution.num_iterations} iterations, more than the tolerance {tolerance:.2g}. "
-                "Raise max_iterations, beta or tolerance, or use float64.",
-                WitnessConvergenceWarning,
-                stacklevel=3,
-            )
+        _warn_of_residual(solution, tolerance)
         w, velocity = solution.weights, solution.parametric_gradient
         image = embedding.push(velocity)[0]  # D w = J J^T w
         energy, regularised = 0.5 * float(solution.mmd2), float(solution.regularised_mmd2)
@@ -324,9 +312,7 @@ def generator_flow(
             regularised_mmd2=regularised,
             rate=-2 / alpha * (energy - beta * regularised) if alpha > 0 else -float(gap @ image),
             squared_speed=float(alpha * image @ image + beta * w @ image),
-            length=0.0
-            if previous is None
-            else previous.length + step_size * math.sqrt(max(previous.squared_speed, 0.0)),
+            length=0.0 if previous is None else _length_after(previous, step_size),
             residual=solution.residual,
             num_iterations=solution.num_iterations,
         )
@@ -335,15 +321,27 @@ def generator_flow(
         state = observe(start, None) if initial is None else initial
         yield state
         for _ in range(num_steps):
-            parts = state.velocity.split([p.numel() for p in state.parameters.values()])
-            moved = {
-                name: p + step_size * part.view_as(p)
-                for (name, p), part in zip(state.parameters.items(), parts, strict=True)
-            }
+            along = unflatten(state.velocity, state.parameters)
+            moved = {n: p + step_size * along[n] for n, p in state.parameters.items()}
             state = observe(moved, state)
             yield state
 
     return flow()
+
+
+def _length_after(state: GeneratorState, step_size: float) -> float:
+    return state.length + step_size * math.sqrt(max(state.squared_speed, 0.0))
+
+
+def _warn_of_residual(solution: WitnessSolution, tolerance: float) -> None:
+    if not solution.residual <= tolerance:
+        warnings.warn(
+            f"a witness of the flow has a relative residual of {solution.residual:.2g} after "
+            f"{solution.num_iterations} iterations, more than the tolerance {tolerance:.2g}. "
+            "Raise max_iterations, beta or tolerance, or use float64.",
+            WitnessConvergenceWarning,
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ that float32 keeps its digits; distances below the resolution of that identity c
 Kernels compute in the precision of their inputs, under `torch.autocast` too.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "StationaryKernel",
     "SumKernel",
     "median_bandwidth",
+    "squared_distances",
 ]
 
 
@@ -58,6 +60,58 @@ class Kernel(ABC):
     def diagonal(self, x: Tensor) -> Tensor:
         """Return k(x_i, x_i) of shape (n,) for points of shape (n, d), at linear cost."""
 
+    def scaled(self, factor: float) -> "Kernel":
+        """Return the kernel with its bandwidth, or those of its summands, times a factor.
+
+        Args:
+            factor: > 0.
+
+        Raises:
+            TypeError: If the kernel is no dataclass with a field ``bandwidth``, and does not say
+                itself how it scales.
+        """
+        bandwidth = vars(self).get("bandwidth")
+        if not dataclasses.is_dataclass(self) or bandwidth is None:
+            raise TypeError(
+                f"{self!r} has no bandwidth to scale. Use a Gaussian, Laplace, RationalQuadratic "
+                "or InverseMultiquadric, a sum with one of them, or give it a method "
+                "scaled(factor)."
+            )
+        return dataclasses.replace(self, bandwidth=bandwidth * factor)
+
+    def fourth_moment(self) -> float:
+        r"""Return :math:`E\langle\omega, e\rangle^4` of the spectral measure, e a unit vector.
+
+        It is the fourth derivative of the kernel's profile at 0, and bounds the second derivatives
+        of functions in the RKHS, see `lightning_mmd.noise.hessian_constant`.
+
+        Raises:
+            TypeError: If the kernel is not smooth at distance 0, or has no bound.
+        """
+        raise TypeError(
+            "the Hessian's bound is known for Gaussian, RationalQuadratic, InverseMultiquadric and "
+            f"SumKernel of these, got {self!r}. Use one of them, or a schedule that is fixed "
+            "beforehand, such as HalvingNoise."
+        )
+
+    def of_squared_distances(self, squared_distances: Tensor) -> Tensor:
+        """Return the values of a kernel of the distance alone.
+
+        Args:
+            squared_distances: ||x - y||^2, of any shape, >= 0.
+
+        Returns:
+            k(x, y), elementwise.
+
+        Raises:
+            TypeError: If the kernel depends on more than the distance.
+        """
+        raise TypeError(
+            "bounds on distances need a kernel of the distance alone (Gaussian, Laplace, "
+            "RationalQuadratic, InverseMultiquadric, or a SumKernel of these), got "
+            f"{self!r}. Use one of them, or an objective without bounds."
+        )
+
     def sample_frequencies(self, num: int, dim: int, generator: Generator) -> Tensor:
         r"""Draw frequencies from the spectral measure of a stationary kernel.
 
@@ -86,7 +140,11 @@ class StationaryKernel(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
-        return self._profile(_squared_distances(x, y))
+        return self._profile(squared_distances(x, y))
+
+    def of_squared_distances(self, squared_distances: Tensor) -> Tensor:
+        """Return the kernel's values at given squared distances, elementwise."""
+        return self._profile(squared_distances)
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return ones, k(0), of shape (n,)."""
@@ -130,6 +188,10 @@ class Gaussian(StationaryKernel):
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
         return (squared_distances / (-2.0 * self.bandwidth**2)).exp()
+
+    def fourth_moment(self) -> float:
+        """Return 3 / bandwidth^4, that of a normal distribution."""
+        return 3.0 / self.bandwidth**4
 
     def sample_frequencies(self, num: int, dim: int, generator: Generator) -> Tensor:
         """Draw normal frequencies of standard deviation 1 / bandwidth."""
@@ -207,6 +269,10 @@ class RationalQuadratic(StationaryKernel):
         scaled = squared_distances / (2.0 * self.alpha * self.bandwidth**2)
         return (scaled.log1p() * -self.alpha).exp()
 
+    def fourth_moment(self) -> float:
+        """Return 3 (1 + 1 / alpha) / bandwidth^4, that of a gamma mixture of Gaussians."""
+        return 3.0 * (1.0 + 1.0 / self.alpha) / self.bandwidth**4
+
     def sample_frequencies(self, num: int, dim: int, generator: Generator) -> Tensor:
         """Draw normal frequencies of gamma-distributed variance."""
         normal = _normal(num, dim, generator)
@@ -244,6 +310,10 @@ class InverseMultiquadric(StationaryKernel):
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
         return (squared_distances / self.bandwidth**2 + 1.0).rsqrt()
+
+    def fourth_moment(self) -> float:
+        """Return 9 / bandwidth^4, that of the rational quadratic with alpha = 1/2."""
+        return 9.0 / self.bandwidth**4
 
     def sample_frequencies(self, num: int, dim: int, generator: Generator) -> Tensor:
         """Draw normal frequencies of half-normal standard deviation."""
@@ -285,7 +355,7 @@ class Energy(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
-        distances = _power(_squared_distances(x, y), self.exponent / 2)
+        distances = _power(squared_distances(x, y), self.exponent / 2)
         return (self.diagonal(x)[:, None] + self.diagonal(y) - distances) / 2
 
     def diagonal(self, x: Tensor) -> Tensor:
@@ -412,15 +482,39 @@ class SumKernel(Kernel):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
         gram = x.new_zeros(())
-        squared_distances = None
+        distances2 = None
         for weight, kernel in self._components():
             if isinstance(kernel, StationaryKernel):
-                if squared_distances is None:
-                    squared_distances = _squared_distances(x, y)
-                gram = gram + weight * kernel._profile(squared_distances)
+                distances2 = squared_distances(x, y) if distances2 is None else distances2
+                gram = gram + weight * kernel._profile(distances2)
             else:
                 gram = gram + weight * kernel(x, y)
         return gram
+
+    def scaled(self, factor: float) -> Kernel:
+        """Return the sum with every summand that has a bandwidth scaled; one at least must."""
+        parts, failed = [], None
+        for kernel in self.kernels:
+            try:
+                parts.append(kernel.scaled(factor))
+            except TypeError as error:
+                parts.append(kernel)
+                failed = error
+        if failed is not None and all(a is b for a, b in zip(parts, self.kernels, strict=True)):
+            raise failed
+        return SumKernel(parts, self.weights)
+
+    def fourth_moment(self) -> float:
+        """Return sum_k weights_k times that of each."""
+        return sum(w * kernel.fourth_moment() for w, kernel in self._components())
+
+    def of_squared_distances(self, squared_distances: Tensor) -> Tensor:
+        """Return sum_k weights_k k of the distance, elementwise."""
+        components = self._components()
+        return sum(
+            (w * kernel.of_squared_distances(squared_distances) for w, kernel in components),
+            squared_distances.new_zeros(()),
+        )
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return sum_k weights_k k(x_i, x_i) of shape (n,)."""
@@ -539,7 +633,7 @@ def _inner_products(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.T
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return ||x_i - y_j||^2 of shape (n, m), with all derivatives, exactly 0 at coincidence."""
     _check_points(x, y)
     centre = ((x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))).detach()

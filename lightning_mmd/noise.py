@@ -8,28 +8,65 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from lightning_mmd.kernels import (
-    Gaussian,
-    InverseMultiquadric,
-    Kernel,
-    RationalQuadratic,
-    SumKernel,
-)
+from lightning_mmd.kernels import Kernel
 
 __all__ = [
     "AdaptiveNoise",
     "ConstantNoise",
     "GeometricNoise",
     "HalvingNoise",
+    "Moment",
+    "Noise",
     "NoiseSchedule",
     "PlateauNoise",
     "hessian_constant",
 ]
 
 
-class NoiseSchedule(ABC):
+@dataclass(frozen=True)
+class Moment:
+    """What a noise level may depend on, before a step of a flow.
+
+    Attributes:
+        step: Number of steps made before.
+        memory: What the noise remembers, see :meth:`Noise.begin`.
+        energy: F = 1/2 MMD^2 now.
+        constant: Returns lambda^2 times the mean ||u||^2 of the step's draw u.
+        dissipation: From a level to the mean squared norm of the witness's gradient at noisy
+            samples.
+    """
+
+    step: int
+    memory: Any
+    energy: float
+    constant: Callable[[], float]
+    dissipation: Callable[[float], float]
+
+
+class Noise(ABC):
+    """A noise level that develops along a flow; its memory is plain data in the flow's states."""
+
+    def begin(self, mmd2: float) -> Any:
+        """Return the memory before the first step; None for noise that remembers nothing."""
+        return None
+
+    @abstractmethod
+    def at(self, moment: Moment) -> float:
+        """Return the level of a step."""
+
+    def advance(self, memory: Any, step: int, mmd2: float) -> Any:
+        """Return the memory after a step."""
+        return None
+
+
+class NoiseSchedule(Noise):
     """A noise level that depends on the step alone."""
+
+    def at(self, moment: Moment) -> float:
+        """Return the level at the moment's step."""
+        return self.level(moment.step)
 
     @abstractmethod
     def level(self, step: int) -> float:
@@ -134,7 +171,7 @@ class HalvingNoise(NoiseSchedule):
 
 
 @dataclass(frozen=True)
-class AdaptiveNoise:
+class AdaptiveNoise(Noise):
     r"""The largest level at which noise provably keeps the step a direction of descent.
 
     .. math:: 8 \lambda^2 \beta^2 F \, \overline{\|u\|^2} \le D_\beta
@@ -204,6 +241,12 @@ class AdaptiveNoise:
         """
         return self.search(lambda beta: 8 * constant * beta**2 * energy <= dissipation(beta))
 
+    def at(self, moment: Moment) -> float:
+        """Return the largest level that the descent guarantee allows at a moment."""
+        return self.level(
+            energy=moment.energy, constant=moment.constant(), dissipation=moment.dissipation
+        )
+
     def search(self, fits: Callable[[float], bool]) -> float:
         """Return the largest level found at which a condition holds, or 0.
 
@@ -225,7 +268,7 @@ class AdaptiveNoise:
 
 
 @dataclass(frozen=True)
-class PlateauNoise:
+class PlateauNoise(Noise):
     r"""A level that falls whenever the flow has come to rest at it.
 
     Noise of level beta lets particles follow a witness that is smoothed over the distance beta: it
@@ -314,6 +357,10 @@ class PlateauNoise:
             level *= self.ratio
         return level, average, 0.0
 
+    def at(self, moment: Moment) -> float:
+        """Return the level that the memory holds."""
+        return self.level(moment.memory, moment.step)
+
     def level(self, memory: tuple[float, float, float], step: int) -> float:
         """Return the level of a step.
 
@@ -355,28 +402,11 @@ def hessian_constant(kernel: Kernel) -> float:
         Arbel et al. 2019, arXiv 1906.04370, assumption on the kernel's second derivatives.
 
     Example:
+        >>> from lightning_mmd.kernels import Gaussian
         >>> hessian_constant(Gaussian(bandwidth=1.0)) ** 2
         2.9999999999999996
     """
-    return math.sqrt(_fourth_moment(kernel))
-
-
-def _fourth_moment(kernel: Kernel) -> float:
-    match kernel:
-        case Gaussian(bandwidth):
-            return 3.0 / bandwidth**4
-        case RationalQuadratic(alpha, bandwidth):
-            return 3.0 * (1.0 + 1.0 / alpha) / bandwidth**4
-        case InverseMultiquadric(bandwidth):
-            return 9.0 / bandwidth**4
-        case SumKernel(kernels, weights):
-            weights = weights or ()  # always set by SumKernel
-            return sum(w * _fourth_moment(k) for w, k in zip(weights, kernels, strict=True) if w)
-    raise TypeError(
-        "the Hessian's bound is known for Gaussian, RationalQuadratic, InverseMultiquadric and "
-        f"SumKernel of these, got {kernel!r}. Use one of them, or a schedule that is fixed "
-        "beforehand, such as HalvingNoise."
-    )
+    return math.sqrt(kernel.fourth_moment())
 
 
 def _check_level(schedule: NoiseSchedule, initial: float, until: int | None) -> None:

@@ -2,27 +2,39 @@ r"""Penalties of a trained critic: parametric gradient, RKHS norm, input gradien
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.estimators import Batch, Estimator
+from lightning_mmd.latents import Inputs, as_inputs, select
+from lightning_mmd.parameters import refuse_shared_parameters
+from lightning_mmd.passes import (
+    Replay,
+    buffers_kept,
+    full_precision,
+    random_state_kept,
+    unfused_attention,
+)
 from lightning_mmd.pushforward import (
     Pushforward,
-    Replay,
     evaluate_critic,
-    full_precision,
+    parametric_gradient,
     refuse_once_differentiable,
-    refuse_shared_parameters,
-    unfused_attention,
 )
 
 __all__ = [
+    "Held",
     "KinkedCriticWarning",
+    "Method",
     "PenalisedCritic",
+    "critic_terms",
+    "hold",
     "input_gradient_penalty",
     "parametric_gradient_penalty",
     "penalised_critic",
@@ -31,7 +43,6 @@ __all__ = [
 ]
 
 Method = Literal["forward", "double_backward", "finite_difference"]
-Estimator = Literal["batch", "split"]
 _KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
 
 
@@ -46,7 +57,7 @@ class PenalisedCritic(NamedTuple):
         penalty: ||L f||^2, or its part along a given direction, a scalar with the gradient in the
             critic's parameters.
         values: Critic values on the generated samples, of shape (n,), with their graph.
-        direction: L f of shape (P,) (the given one, where one was given), without a graph.
+        direction: The held vector v of shape (P,), without a graph.
     """
 
     penalty: Tensor
@@ -54,16 +65,29 @@ class PenalisedCritic(NamedTuple):
     direction: Tensor
 
 
+@dataclass(frozen=True)
+class Held:
+    """What is known before a part of a batch is penalised: it belongs to the whole batch.
+
+    Attributes:
+        direction: The held vector v of shape (P,).
+        slope: <v, L f> of the whole batch and all processes, a scalar; None where the estimator
+            does not use it.
+    """
+
+    direction: Tensor
+    slope: Tensor | None = None
+
+
 def parametric_gradient_penalty(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     generator: nn.Module,
-    z: Tensor,
+    z: Inputs,
     method: Method = "forward",
     *,
-    estimator: Estimator = "batch",
-    direction: Tensor | None = None,
+    estimator: Estimator | None = None,
     parameters: Mapping[str, Tensor] | None = None,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     r"""Squared norm, in the generator's parameter space, of the mean gradient of a critic.
 
@@ -82,29 +106,21 @@ def parametric_gradient_penalty(
     * ``"finite_difference"``: a central difference of f along v. First-order operations only; good
       to 1e-3 to 1e-5 with smooth networks in float32, useless with ReLU-like ones.
 
-    Bias: the squared norm of a batch mean overestimates by Var / n,
-    :math:`E\|g_n\|^2 = \|g\|^2 + \mathrm{tr\,Cov}(g) / n`, 1.2- to 2.5-fold near convergence.
-    ``estimator="split"`` takes :math:`\langle g_A, g_B\rangle` of two halves of the batch, which
-    is unbiased (and may be negative). A ``direction`` v, such as the mean gradient of the last
-    generator step, gives :math:`\langle v, L f\rangle^2 / \|v\|^2`, the part of the penalty along
-    v, for one reverse pass less: noise across v is not punished, and it never exceeds the penalty
-    of the batch. (:math:`\langle v, L f\rangle` itself would be unbiased too, but it is linear in
-    f: a critic lowers it without bound, and training diverges.)
-
     Args:
-        critic: Module (or any callable) from samples to values (n,) or (n, 1).
+        critic: Module (or any callable) from samples, and labels if there are any, to values (n,)
+            or (n, 1).
         generator: Module from latents to samples.
-        z: Latents of shape (n, ...).
+        z: Latents of shape (n, ...), or a tuple (latents, labels): both networks get the labels.
         method: See above.
-        estimator: ``"batch"`` or ``"split"``, see above; ``"split"`` needs an even n.
-        direction: A vector v of shape (P,) along which alone the gradient is penalised.
+        estimator: How a batch stands for the expectation: `Batch` (default), which is biased
+            upwards, `Split`, which is unbiased, or `Lagged`.
         parameters: The generator's parameters to differentiate in, by name; default: the trainable.
-        reduce: Averages a vector over processes, so that W processes see one global L f; default:
+        mean: Averages a tensor over processes, so that W processes see one global L f; default:
             this process is alone. The value returned is this process's share, whose mean over
             processes is the penalty.
 
     Returns:
-        Scalar, >= 0 on one process except for the split estimator.
+        Scalar, >= 0 on one process except for `Split`.
 
     Raises:
         ValueError: If critic and generator share a parameter, an argument is unknown or a shape
@@ -122,88 +138,80 @@ def parametric_gradient_penalty(
         >>> expected = critic.weight.square().sum() / 2
         >>> torch.testing.assert_close(penalty, expected)
     """
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {sorted(_METHODS)}, got {method!r}.")
+    estimator = Batch() if estimator is None else estimator
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"estimator must be an Estimator such as Batch() or Split(), got {estimator!r}."
+        )
+    if isinstance(critic, nn.Module):
+        refuse_shared_parameters(critic, generator)
+        warn_of_kinks(critic)
+    inputs = as_inputs(z)
+    groups = [select(inputs, group) for group in estimator.groups(len(inputs[0]))]
     return penalised_critic(
-        critic,
-        generator,
-        z,
-        method,
-        estimator=estimator,
-        direction=direction,
-        parameters=parameters,
-        reduce=reduce,
+        critic, generator, groups, method, estimator=estimator, parameters=parameters, mean=mean
     ).penalty
 
 
 def penalised_critic(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     generator: nn.Module,
-    z: Tensor,
-    method: Method = "forward",
+    groups: Sequence[tuple[Tensor, ...]],
+    method: Method,
     *,
-    estimator: Estimator = "batch",
-    direction: Tensor | None = None,
+    estimator: Estimator,
+    held: Held | None = None,
     parameters: Mapping[str, Tensor] | None = None,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> PenalisedCritic:
     """Evaluate the penalty and, from the same passes, the critic on the generated samples.
 
-    A critic's loss needs both, and one forward pass of each network serves. Arguments and errors
-    are those of :func:`parametric_gradient_penalty`.
+    A critic's loss needs both, and one forward pass of each network serves. Arguments are those of
+    :func:`parametric_gradient_penalty`, which checks them.
 
     Args:
         critic: See there.
         generator: See there.
-        z: See there.
+        groups: Latents (and labels) of the estimator's groups.
         method: See there.
         estimator: See there.
-        direction: See there.
+        held: What is known of the whole batch, where the groups are a part of it.
         parameters: See there.
-        reduce: See there.
+        mean: See there.
 
     Returns:
-        Penalty, critic values and direction.
+        Penalty, critic values in the order of the groups, and direction.
 
     Raises:
-        ValueError: If critic and generator share a parameter, an argument is unknown or a shape
-            does not fit.
+        ValueError: If a shape does not fit.
     """
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {sorted(_METHODS)}, got {method!r}.")
-    if estimator not in ("batch", "split"):
-        raise ValueError(f"estimator must be 'batch' or 'split', got {estimator!r}.")
-    if isinstance(critic, nn.Module):
-        refuse_shared_parameters(critic, generator)
-        warn_of_kinks(critic)
-    evaluate = _METHODS[method]
+    device = groups[0][0].device
+    direction = estimator.direction if held is None else held.direction
     # Fused attention has no second derivative: the critic, and for method="double_backward" the
     # generator, run unfused. The other methods ask of a generator what Pushforward finds a way to.
     generator_context = unfused_attention if method == "double_backward" else nullcontext
-    with torch.enable_grad(), full_precision(z.device):
+    with torch.enable_grad(), full_precision(device):
         with generator_context():
-            if direction is not None or estimator == "batch":
-                pushes = [Pushforward(generator, z, parameters)]
-            elif len(z) % 2:
-                raise ValueError(
-                    f"estimator='split' needs an even number of latents, got {len(z)}. Use an even "
-                    "batch size, or estimator='batch'."
-                )
-            else:
-                pushes = [Pushforward(generator, half, parameters) for half in z.chunk(2)]
+            pushes = [Pushforward(generator, group, parameters) for group in groups]
         with unfused_attention():
             *independent, push = pushes
             other_values = []
             for first in independent:
                 x = first.samples.requires_grad_()
-                other_values.append(evaluate_critic(critic, x))
-                direction = reduce(first.cotangent(_mean_gradient(other_values[-1], x)))
-            slope, values, v = evaluate(critic, push, _check_direction(direction, push), reduce)
-        if direction is None or independent:
-            penalty = 2 * slope - slope.detach()  # v is held in <v, L f>: half of the gradient
-        else:
-            length2 = v.square().sum()
-            mean_slope = reduce(slope.detach().reshape(1)).reshape(())
-            along = mean_slope / length2.clamp_min(torch.finfo(v.dtype).tiny)
-            penalty = along * (2 * slope - along * length2)
+                other_values.append(evaluate_critic(critic, x, *first.inputs[1:]))
+                if direction is None:
+                    direction = mean(first.cotangent(_mean_gradient(other_values[-1], x)))
+            direction = _check_direction(direction, push)
+            slope, values, v = _METHODS[method](critic, push, direction, mean)
+
+        def mean_slope() -> Tensor:
+            if held is not None and held.slope is not None:
+                return held.slope
+            return mean(slope.detach().reshape(1)).reshape(())
+
+        penalty = estimator.value(slope, v, mean_slope)
         return PenalisedCritic(penalty, torch.cat([*other_values, values]), v)
 
 
@@ -212,43 +220,44 @@ _Slope = tuple[Tensor, Tensor, Tensor]
 
 
 def _forward(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     push: Pushforward,
     direction: Tensor | None,
-    reduce: Callable[[Tensor], Tensor],
+    mean: Callable[[Tensor], Tensor],
 ) -> _Slope:
     x = push.samples.requires_grad_()
-    values = evaluate_critic(critic, x)
+    values = evaluate_critic(critic, x, *push.inputs[1:])
     c = _mean_gradient(values, x, create_graph=True)
     refuse_once_differentiable([c])
-    v = reduce(push.cotangent(c.detach())) if direction is None else direction
+    v = mean(push.cotangent(c.detach())) if direction is None else direction
     return (c * push.tangent(v)).sum(), values, v
 
 
 def _double_backward(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     push: Pushforward,
     direction: Tensor | None,
-    reduce: Callable[[Tensor], Tensor],
+    mean: Callable[[Tensor], Tensor],
 ) -> _Slope:
-    values, gradient = push.differentiate(lambda x: evaluate_critic(critic, x))
+    values, gradient = push.differentiate(lambda x: evaluate_critic(critic, x, *push.inputs[1:]))
     refuse_once_differentiable([gradient])
-    v = reduce(gradient.detach()) if direction is None else direction
+    v = mean(gradient.detach()) if direction is None else direction
     return v @ gradient, values, v
 
 
 def _finite_difference(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     push: Pushforward,
     direction: Tensor | None,
-    reduce: Callable[[Tensor], Tensor],
+    mean: Callable[[Tensor], Tensor],
 ) -> _Slope:
-    x = push.samples.requires_grad_()
+    x, labels = push.samples.requires_grad_(), push.inputs[1:]
     replay = Replay(critic, x.device)  # one power iteration, one dropout mask for all three passes
-    values = evaluate_critic(critic, x)
-    v = reduce(push.cotangent(_mean_gradient(values, x))) if direction is None else direction
+    values = evaluate_critic(critic, x, *labels)
+    v = mean(push.cotangent(_mean_gradient(values, x))) if direction is None else direction
     step, (ahead, behind) = push.neighbours(v)
-    slope = (evaluate_critic(replay, ahead) - evaluate_critic(replay, behind)).mean() / (2 * step)
+    on_ahead, on_behind = (evaluate_critic(replay, x, *labels) for x in (ahead, behind))
+    slope = (on_ahead - on_behind).mean() / (2 * step)
     return slope, values, v
 
 
@@ -304,6 +313,77 @@ def warn_of_kinks(critic: nn.Module) -> None:
 
 
 _warned: WeakSet[nn.Module] = WeakSet()
+
+
+def critic_terms(
+    gap: Tensor, parametric_penalty: Tensor, rkhs_penalty: Tensor, *, alpha: float, beta: float
+) -> dict[str, Tensor]:
+    """Return a critic's objective by terms, to be logged.
+
+    Args:
+        gap: Difference of the critic's means.
+        parametric_penalty: ||L f||^2, unweighted.
+        rkhs_penalty: ||f||_H^2, unweighted.
+        alpha: Weight of the first.
+        beta: Weight of the second.
+
+    Returns:
+        The terms by name; a share is a weighted term's part of the sum of absolute values.
+    """
+    gap, parametric_penalty = gap.detach(), parametric_penalty.detach()
+    rkhs_penalty = rkhs_penalty.detach()
+    weighted = {
+        "parametric": alpha / 2 * parametric_penalty,
+        "rkhs": beta / 2 * rkhs_penalty,
+    }
+    total = gap.abs() + sum(term.abs() for term in weighted.values())
+    return {
+        "critic/gap": gap,
+        "critic/parametric_penalty": parametric_penalty,
+        "critic/parametric_gradient_norm": parametric_penalty.clamp_min(0).sqrt(),
+        "critic/rkhs_penalty": rkhs_penalty,
+    } | {f"critic/{name}_share": term / total for name, term in weighted.items()}
+
+
+def hold(
+    critic: Callable[..., Tensor],
+    generator: nn.Module,
+    parts: Sequence[Sequence[tuple[Tensor, ...]]],
+    estimator: Estimator,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Held:
+    """Find what a penalty holds, for a batch that is evaluated in parts.
+
+    The penalty is no mean over samples: before the gradient of any part its vector L f (or the
+    slope along the known direction) must be there, averaged over all parts and processes. So one
+    pass goes before, whose random numbers and buffers are put back.
+
+    Args:
+        critic: See :func:`parametric_gradient_penalty`.
+        generator: See there.
+        parts: Latents, by part and by the estimator's group.
+        estimator: See there.
+        parameters: See there.
+        mean: See there.
+
+    Returns:
+        Direction and slope of the whole batch.
+    """
+    known = estimator.direction
+    groups = [part[0 if known is None else -1] for part in parts]
+    num = sum(len(group[0]) for group in groups)
+    networks = [m for m in (critic, generator) if isinstance(m, nn.Module)]
+    with random_state_kept(groups[0][0].device), buffers_kept(*networks):
+        total = torch.zeros((), device=groups[0][0].device)
+        for group in groups:
+            gradient = parametric_gradient(critic, generator, group, parameters)
+            total = total + gradient * (len(group[0]) / num)
+    if known is None:
+        return Held(mean(total))
+    known = known.to(total)
+    return Held(known, mean((total @ known).reshape(1)).reshape(()))
 
 
 @runtime_checkable

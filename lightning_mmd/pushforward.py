@@ -8,10 +8,8 @@ the package differentiates through a generator:
 * parameters to tangents (one forward-mode pass), :math:`v \mapsto (J_\theta G(z_i) v)_i`.
 """
 
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from weakref import WeakKeyDictionary
 
@@ -19,23 +17,25 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_mmd.latents import Inputs, as_inputs
+from lightning_mmd.parameters import flatten, trainable_parameters, unflatten
+from lightning_mmd.passes import (
+    Replay,
+    frozen_power_iterations,
+    full_precision,
+    spectral_norms,
+    unfused_attention,
+)
 
 __all__ = [
     "DerivativeFallbackWarning",
     "Pushforward",
-    "Replay",
     "check_samples",
     "evaluate_critic",
-    "full_precision",
     "parametric_gradient",
     "parametric_tangent",
     "refuse_once_differentiable",
-    "refuse_shared_parameters",
-    "trainable_parameters",
-    "unfused_attention",
 ]
 
 
@@ -43,38 +43,13 @@ class DerivativeFallbackWarning(UserWarning):
     """A generator's tangents need a slower or less exact route than plain forward mode."""
 
 
-def trainable_parameters(generator: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that span the parameter space of a generator, by name.
-
-    These are the ones with ``requires_grad=True``, tied weights once. Where no parameter requires a
-    gradient, all floating-point ones are taken: that is how a whole generator looks while another
-    optimizer is toggled. A generator that is partly frozen *and* toggled off must therefore be
-    described by the caller (see ``parameters`` of :class:`Pushforward`).
-
-    Args:
-        generator: The module.
-
-    Returns:
-        Name to parameter, in the order of ``generator.named_parameters()``.
-
-    Raises:
-        ValueError: If the generator has no floating-point parameter.
-    """
-    floating = {n: p for n, p in generator.named_parameters() if p.is_floating_point()}
-    if not floating:
-        raise ValueError(
-            f"the generator {type(generator).__name__} has no floating-point parameters, so there "
-            "is no parameter space to differentiate in. Pass a generator with weights."
-        )
-    return {n: p for n, p in floating.items() if p.requires_grad} or floating
-
-
-def evaluate_critic(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def evaluate_critic(critic: Callable[..., Tensor], x: Tensor, *labels: Tensor) -> Tensor:
     """Evaluate a critic and check its output.
 
     Args:
-        critic: Any callable from n samples to n values.
+        critic: Any callable from n samples, and labels where there are any, to n values.
         x: Samples of shape (n, ...).
+        *labels: What the critic takes beside them.
 
     Returns:
         Critic values of shape (n,).
@@ -83,7 +58,7 @@ def evaluate_critic(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         TypeError: If the output is not a tensor.
         ValueError: If its shape is neither (n,) nor (n, 1).
     """
-    values = critic(x)
+    values = critic(x, *labels)
     if not isinstance(values, Tensor):
         raise TypeError(
             f"a critic must return a tensor of shape (n,) or (n, 1), got {type(values).__name__}. "
@@ -95,39 +70,6 @@ def evaluate_critic(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             f"{tuple(values.shape)}. Flatten or pool its output, or take the raw score."
         )
     return values.reshape(len(x))
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch off autocast, and torch.compile, within a context.
-
-    bfloat16 costs penalties and witnesses 1 to 4 percent, and compiled functions have no second
-    derivative: modules that hold them run as they were written.
-    """
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    with (
-        torch.autocast(device_type=device.type, enabled=False),
-        set_stance("force_eager")
-        if set_stance is not None and "torch._dynamo" in sys.modules
-        else nullcontext(),
-    ):
-        yield
-
-
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """Give attention second and forward derivatives within a context.
-
-    The fused kernels, and the fast path that transformer layers take in eval mode, have neither;
-    the unfused formula computes the same function.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
@@ -153,65 +95,6 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
         waiting += following
 
 
-def refuse_shared_parameters(critic: nn.Module, generator: nn.Module) -> None:
-    """Refuse a layer that belongs to critic (or features) and generator.
-
-    The one is differentiated in while the other is held.
-
-    Args:
-        critic: Critic or feature map.
-        generator: Generator.
-
-    Raises:
-        ValueError: If they share a parameter.
-    """
-    owned = {id(p) for p in critic.parameters()}
-    shared = [name for name, p in generator.named_parameters() if id(p) in owned]
-    if shared:
-        raise ValueError(
-            f"critic and generator share the parameters {shared}; the theory differentiates in the "
-            "one and holds the other, so no layer can belong to both. Copy the shared layers."
-        )
-
-
-class Replay:
-    """Repeats a forward pass from the buffers and the random state of the present moment.
-
-    Whatever is replayed leaves both alone and sees the same dropout masks.
-
-    Args:
-        function: The module, or any callable, whose passes are repeated; only a module's buffers
-            can be put back.
-        device: Where it runs.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._function = function
-        self._device = device
-        self._random_state = _get_random_state(device)
-        self._buffers = (
-            {n: b.clone() for n, b in function.named_buffers()}
-            if isinstance(function, nn.Module)
-            else {}
-        )
-
-    def __call__(self, x: Tensor, replacements: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run the forward pass.
-
-        Args:
-            x: The function's input.
-            replacements: Parameters and buffers to use in place of a module's own, by name.
-
-        Returns:
-            The function's output.
-        """
-        with _replayed_random_state(self._random_state, self._device):
-            if not isinstance(self._function, nn.Module):
-                return self._function(x)
-            fresh = {n: b.clone() for n, b in self._buffers.items()}
-            return functional_call(self._function, {**fresh, **(replacements or {})}, (x,))
-
-
 class Pushforward:
     r"""The samples :math:`x_i = G_\theta(z_i)` and their derivative in :math:`\theta`.
 
@@ -224,7 +107,7 @@ class Pushforward:
 
     Args:
         generator: Any module from latents to samples.
-        z: Latents of shape (n, ...).
+        z: Latents of shape (n, ...), or a tuple of what the generator is called with.
         parameters: The parameters to differentiate in, by name. Default: those of
             :func:`trainable_parameters`.
         reuse: Prepare for many tangents: the transposed graph of the reverse pass is kept. Each
@@ -235,6 +118,7 @@ class Pushforward:
 
     Attributes:
         record: Buffers and random state that the pass began with.
+        inputs: What the generator was called with, a tuple.
 
     Raises:
         TypeError: If the generator does not return a tensor.
@@ -249,7 +133,7 @@ class Pushforward:
     def __init__(
         self,
         generator: nn.Module,
-        z: Tensor,
+        z: Inputs,
         parameters: Mapping[str, Tensor] | None = None,
         *,
         reuse: bool = False,
@@ -257,7 +141,8 @@ class Pushforward:
     ) -> None:
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
-        self.z = z.detach()
+        self.inputs = tuple(part.detach() for part in as_inputs(z))
+        device = self.inputs[0].device
         self.reuse = reuse
         own = dict(generator.named_parameters(remove_duplicate=False))
         if unknown := sorted(parameters.keys() - own.keys()):
@@ -269,17 +154,17 @@ class Pushforward:
         taken = {id(own[n]) for n in parameters}
         held = {n: p.detach() for n, p in generator.named_parameters() if id(p) not in taken}
         values = {**held, **self._leaves}
-        self.record = Replay(generator, z.device) if record is None else record
-        with torch.enable_grad(), full_precision(z.device):
+        self.record = Replay(generator, device) if record is None else record
+        with torch.enable_grad(), full_precision(device):
             self._samples = (
-                functional_call(generator, values, (self.z,))
+                functional_call(generator, values, self.inputs)
                 if record is None
-                else record(self.z, values)
+                else record(*self.inputs, replacements=values)
             )
-        check_samples(generator, self._samples, z)
+        check_samples(generator, self._samples, len(self.inputs[0]))
         self._power_iterations = {
             key: buffer.clone()
-            for name, module in _spectral_norms(generator)
+            for name, module in spectral_norms(generator)
             for key, buffer in module.named_buffers(name, recurse=False)
         }
 
@@ -302,8 +187,8 @@ class Pushforward:
         Returns:
             Vector of shape (P,).
         """
-        with full_precision(self.z.device):  # a reverse pass obeys autocast too
-            return _flatten(
+        with full_precision(self._samples.device):  # a reverse pass obeys autocast too
+            return flatten(
                 torch.autograd.grad(
                     self._samples,
                     list(self._leaves.values()),
@@ -341,7 +226,7 @@ class Pushforward:
         failed, reasons = set(), []
         for route in (route for route in routes if route not in known):
             try:
-                with full_precision(self.z.device):
+                with full_precision(self._samples.device):
                     dx = route(self, v.detach())
             except torch.cuda.OutOfMemoryError:
                 raise
@@ -378,7 +263,7 @@ class Pushforward:
         gradients = torch.autograd.grad(
             values.mean(), list(self._leaves.values()), create_graph=True, materialize_grads=True
         )
-        return values, _flatten(gradients)
+        return values, flatten(gradients)
 
     def replay(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the samples of the same latents, buffers and random numbers at other parameters.
@@ -389,8 +274,8 @@ class Pushforward:
         Returns:
             Samples of shape (n, ...).
         """
-        with full_precision(self.z.device):
-            return self.record(self.z, parameters)
+        with full_precision(self._samples.device):
+            return self.record(*self.inputs, replacements=parameters)
 
     def neighbours(self, v: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
         r"""Return a step h and the samples at :math:`\theta + h v` and :math:`\theta - h v`.
@@ -403,19 +288,19 @@ class Pushforward:
         Returns:
             The step and two tensors of the samples' shape, without graphs.
         """
-        size = max(1.0, float(_flatten(self.leaves.values()).norm()))
+        size = max(1.0, float(flatten(self.leaves.values()).norm()))
         length = float(v.norm())
         step = torch.finfo(self._samples.dtype).eps ** (1 / 3) * size / length if length else 1.0
         tangents = self.unflatten(v.detach())
         with (
             torch.no_grad(),
-            full_precision(self.z.device),
-            _frozen_power_iterations(self.generator),
+            full_precision(self._samples.device),
+            frozen_power_iterations(self.generator),
         ):
             ahead, behind = (
                 self.record(
-                    self.z,
-                    self._power_iterations
+                    *self.inputs,
+                    replacements=self._power_iterations
                     | {n: p + h * tangents[n] for n, p in self.leaves.items()},
                 )
                 for h in (step, -step)
@@ -424,11 +309,7 @@ class Pushforward:
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """Split a vector of shape (P,) into tensors of the parameters' shapes, by name."""
-        sizes = [leaf.numel() for leaf in self._leaves.values()]
-        return {
-            name: part.view_as(leaf).to(leaf.dtype)
-            for (name, leaf), part in zip(self._leaves.items(), v.split(sizes), strict=True)
-        }
+        return unflatten(v, self._leaves)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -469,7 +350,8 @@ def _forward_mode(
     tangents = push.unflatten(v)
     with torch.no_grad(), forward_ad.dual_level():
         duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in push.leaves.items()}
-        x, dx = forward_ad.unpack_dual(push.record(push.z, {**(buffers or {}), **duals}))
+        replaced = {**(buffers or {}), **duals}
+        x, dx = forward_ad.unpack_dual(push.record(*push.inputs, replacements=replaced))
     error, size = (x - push.samples).abs().max(), push.samples.abs().max()
     if error > torch.finfo(x.dtype).eps ** 0.5 * size:  # a state that is no buffer, two iterations
         raise RuntimeError("a second pass from the same buffers and random state differs")
@@ -485,7 +367,7 @@ def _load_forward_mode() -> None:
 
 
 def _forward_mode_by_substitutes(push: Pushforward, v: Tensor) -> Tensor:
-    with unfused_attention(), _frozen_power_iterations(push.generator):
+    with unfused_attention(), frozen_power_iterations(push.generator):
         return _forward_mode(push, v, push._power_iterations)
 
 
@@ -508,9 +390,9 @@ _failed_routes: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary(
 
 
 def parametric_gradient(
-    f: Callable[[Tensor], Tensor],
+    f: Callable[..., Tensor],
     generator: nn.Module,
-    z: Tensor,
+    z: Inputs,
     parameters: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Gradient of the mean critic value in the generator's parameters.
@@ -521,9 +403,9 @@ def parametric_gradient(
     squared norm is what :func:`~lightning_mmd.parametric_gradient_penalty` penalises.
 
     Args:
-        f: Critic or witness function, n samples to (n,) or (n, 1).
+        f: Critic or witness function, n samples (and labels) to (n,) or (n, 1).
         generator: Module from latents to samples.
-        z: Latents of shape (n, ...).
+        z: Latents of shape (n, ...), or a tuple (latents, labels): both networks get the labels.
         parameters: See :class:`Pushforward`.
 
     Returns:
@@ -542,15 +424,15 @@ def parametric_gradient(
     """
     push = Pushforward(generator, z, parameters)
     x = push.samples.requires_grad_()
-    with torch.enable_grad(), full_precision(z.device):
-        mean = evaluate_critic(f, x).mean()
+    with torch.enable_grad(), full_precision(x.device):
+        mean = evaluate_critic(f, x, *push.inputs[1:]).mean()
         (c,) = torch.autograd.grad(mean, x, materialize_grads=True)
     return push.cotangent(c)
 
 
 def parametric_tangent(
     generator: nn.Module,
-    z: Tensor,
+    z: Inputs,
     v: Tensor,
     parameters: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -588,17 +470,13 @@ def parametric_tangent(
     return push.samples, push.tangent(v)
 
 
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def check_samples(generator: nn.Module, samples: Tensor, z: Tensor) -> None:
+def check_samples(generator: nn.Module, samples: Tensor, num: int) -> None:
     """Check what a generator returned.
 
     Args:
         generator: The generator.
         samples: What it returned.
-        z: The latents that it was given.
+        num: How many latents it was given.
 
     Raises:
         TypeError: If that is no tensor.
@@ -610,45 +488,8 @@ def check_samples(generator: nn.Module, samples: Tensor, z: Tensor) -> None:
             f"the generator {name} must return a tensor of samples, got {type(samples).__name__}. "
             "Wrap it so that it returns the samples alone."
         )
-    if samples.ndim == 0 or len(samples) != len(z):
+    if samples.ndim == 0 or len(samples) != num:
         raise ValueError(
-            f"the generator {name} must return one sample for each of the {len(z)} latents, got "
+            f"the generator {name} must return one sample for each of the {num} latents, got "
             f"shape {tuple(samples.shape)}."
         )
-
-
-def _get_random_state(device: torch.device) -> tuple[Tensor, ...]:
-    accelerator = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    return torch.get_rng_state(), *accelerator
-
-
-@contextmanager
-def _replayed_random_state(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-        yield
-
-
-def _spectral_norms(generator: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that own power iterations, of both of torch's spectral norms."""
-    return [
-        (name, module)
-        for name, module in generator.named_modules()
-        if isinstance(module, _SpectralNorm)
-        or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-    ]
-
-
-@contextmanager
-def _frozen_power_iterations(generator: nn.Module) -> Iterator[None]:
-    """Hold u and v of spectral norms: they iterate in train mode, by an in-place division."""
-    training = [module for _, module in _spectral_norms(generator) if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -16,14 +16,14 @@ while differences of points shrink by :math:`1 - \eta_g\tilde p A^*` a step.
 import cmath
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_mmd.witness import MeanEmbedding
+from lightning_mmd.embedding import MeanEmbedding
 
 __all__ = [
     "ConvergenceRates",
@@ -247,14 +247,29 @@ def suggest_hyperparameters(
         q = min(generator_lr / deadbeat_lr, 1.0)
         return evaluate(2 * math.sqrt(q) - q, max_critic_lr, generator_lr)
 
-    # (critic_lr * norm_weight, critic_lr, generator_lr) as exponents below their largest values.
-    largest = (1.0, max_critic_lr, max_generator_lr)
+    best = _search(evaluate, (1.0, max_critic_lr, max_generator_lr))
+    if not best.rates.stable:
+        raise ValueError(
+            f"no setting is stable for a generated mass of {generated_mass} at a target point of "
+            f"mass {real_mass} with these learning rates. Lower generated_mass."
+        )
+    return best
+
+
+def _search(
+    evaluate: Callable[[float, float, float], "Hyperparameters"],
+    largest: tuple[float, float, float],
+) -> "Hyperparameters":
+    """Refine a grid over (critic_lr * norm_weight, critic_lr, generator_lr) below their largest."""
 
     def at(exponents: tuple[float, ...]) -> Hyperparameters:
-        return evaluate(*(top * math.exp(-e) for top, e in zip(largest, exponents, strict=True)))
+        damping, critic_lr, generator_lr = (
+            top * math.exp(-e) for top, e in zip(largest, exponents, strict=True)
+        )
+        return evaluate(damping, critic_lr, generator_lr)
 
-    centre, reach = (10.0, 10.0, 10.0), 10.0
-    best = at(centre)
+    centre: tuple[float, ...] = (10.0, 10.0, 10.0)
+    reach, best = 10.0, at(centre)
     while reach > 1e-9:
         axes = [[max(c + reach * i / 6, 0.0) for i in range(-6, 7)] for c in centre]
         for exponents in itertools.product(*axes):
@@ -262,11 +277,6 @@ def suggest_hyperparameters(
             if candidate.rates.spectral_radius < best.rates.spectral_radius:
                 best, centre = candidate, exponents
         reach *= 0.5
-    if not best.rates.stable:
-        raise ValueError(
-            f"no setting is stable for a generated mass of {generated_mass} at a target point of "
-            f"mass {real_mass} with these learning rates. Lower generated_mass."
-        )
     return best
 
 
@@ -448,7 +458,7 @@ def largest_gramian_eigenvalue(
         Golub and Van Loan 2013, Matrix computations, section 8.2.1.
 
     Example:
-        >>> embedding = MeanEmbedding(lambda x: x, torch.nn.Linear(2, 3), torch.zeros(4, 2))
+        >>> embedding = MeanEmbedding(lambda x: x, torch.zeros(4, 2), torch.nn.Linear(2, 3))
         >>> round(largest_gramian_eigenvalue(embedding), 6)  # J is the bias's: the identity
         1.0
     """

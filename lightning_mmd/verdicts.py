@@ -25,8 +25,8 @@ _ADVICE: dict[Name, str] = {
     "undecided": "Train longer, or observe more often.",
     "converged": "Stop, or go on with a lower learning rate, a narrower bandwidth or more samples.",
     "converging": "Go on.",
-    "cycling": "Raise alpha (from 0, try 1) or beta, or use critic_mode='closed_form', which does "
-    "not cycle; or lower the generator's learning rate.",
+    "cycling": "Raise alpha (from 0, try 1) or beta, or use the rule ClosedForm, which does not "
+    "cycle; or lower the generator's learning rate.",
     "collapsed": "Change the learning rate (a collapse is not a limit of the dynamics), widen the "
     "bandwidth, or inject noise.",
     "critic too weak": "Raise the critic's learning rate or critic_steps, or lower the generator's "

@@ -9,31 +9,27 @@ The regularised MMD is a concave problem in w; its solution is the regularised w
 and :math:`J^T w = L f` is the direction in which the generator descends.
 """
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mmd.kernels import Kernel
-from lightning_mmd.pushforward import (
-    Pushforward,
-    Replay,
-    full_precision,
-    refuse_once_differentiable,
-    refuse_shared_parameters,
-    unfused_attention,
-)
+from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
+from lightning_mmd.latents import Inputs
+from lightning_mmd.parameters import refuse_shared_parameters
 
 __all__ = [
-    "KernelWitness",
-    "MeanEmbedding",
-    "MicroBatchEmbedding",
+    "Image",
+    "ParametricGramian",
+    "System",
     "WitnessConvergenceWarning",
     "WitnessSolution",
+    "check_problem",
+    "solve_embedding",
     "solve_witness",
 ]
 
@@ -45,208 +41,85 @@ class WitnessConvergenceWarning(UserWarning):
     """The conjugate gradients stopped before they reached the tolerance that was asked for."""
 
 
-class MeanEmbedding:
-    r"""The model's mean embedding :math:`m(\theta) = \frac1n\sum_i \phi(G_\theta(z_i))` and its J.
-
-    J is never formed: :meth:`adjoint` is one reverse pass, :meth:`push` one forward-mode pass, and
-    both reuse the graph of the single evaluation made on construction.
-
-    Args:
-        features: Feature map from samples (n, ...) to (n, r).
-        generator: Module from latents to samples.
-        z: Latents of shape (n, ...).
-        parameters: See :class:`~lightning_mmd.pushforward.Pushforward`.
-        reduce: Averages a tensor over processes; default: this process is alone.
-        records: Passes of generator and features to repeat, the ``records`` of another embedding:
-            their buffers and random numbers are used again, and the present ones are left alone.
+@dataclass(frozen=True)
+class Image:
+    """What a system makes of a vector p; everything is linear in p but the energy.
 
     Attributes:
-        mean: m of shape (r,), over all processes, without a graph.
-        local_mean: m of this process, with the graph in the features' parameters.
-        samples: The samples, of shape (n, ...).
-        records: Buffers and random states that the passes of generator and features began with.
-
-    Raises:
-        ValueError: If the features are not of shape (n, r).
+        value: A p, of shape (r,), float64.
+        energy: <p, A p>, a scalar in float64, from terms that do not cancel.
+        parametric_gradient: J^T p, of shape (P,).
+        tangents: J_theta G(z) J^T p, of the samples' shape.
+        gramian_image: J J^T p, of shape (r,), float64.
     """
 
-    def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        generator: nn.Module,
-        z: Tensor,
-        parameters: Mapping[str, Tensor] | None = None,
-        *,
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        records: tuple[Replay, Replay] | None = None,
-    ) -> None:
-        of_generator, of_features = records or (None, None)
-        self.pushforward = Pushforward(generator, z, parameters, reuse=True, record=of_generator)
-        self._reduce = reduce
-        self.samples = self.pushforward.samples.requires_grad_()
-        with torch.enable_grad(), full_precision(z.device), unfused_attention():
-            self.records = (self.pushforward.record, of_features or Replay(features, z.device))
-            phi = (of_features or features)(self.samples)
-            if not isinstance(phi, Tensor) or phi.ndim != 2 or len(phi) != len(z):
-                got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
-                raise ValueError(
-                    f"features must map {len(z)} samples to a matrix of shape ({len(z)}, r), got "
-                    f"{got}. Flatten the feature net's output."
-                )
-            self.local_mean = phi.mean(0)
-        self.mean = reduce(self.local_mean.detach())
+    value: Tensor
+    energy: Tensor
+    parametric_gradient: Tensor
+    tangents: Tensor
+    gramian_image: Tensor
 
-    @property
-    def num_parameters(self) -> int:
-        """The dimension P of the parameter space."""
-        return self.pushforward.num_parameters
 
-    def average(self, evaluate: "Callable[[MeanEmbedding, slice], Tensor]") -> Tensor:
-        """Return what a function makes of this embedding and its part of the batch, the whole."""
-        return evaluate(self, slice(None))
+class System(ABC):
+    r"""The operator A of a regularised witness, :math:`A w = \delta`; the generator follows J^T w.
 
-    def witness_gradient(self, w: Tensor) -> Tensor:
-        r"""Gradient :math:`\frac1n \nabla f(x_i)`, f = <w, phi>, with a graph.
+    A depends on the weights alpha and beta of the rule. Another preconditioner of the gap is one
+    class of this kind: implement :meth:`apply` and :meth:`slope`, and hand it to the rule,
+    ``ClosedForm(system=MySystem())``.
+    """
+
+    @abstractmethod
+    def apply(self, embedding: MeanEmbedding, p: Tensor, alpha: float, beta: float) -> Image:
+        """Apply A to a vector.
 
         Args:
+            embedding: The model's mean embedding, with the products with J and its transpose.
+            p: Vector of shape (r,), float64.
+            alpha: Weight, >= 0.
+            beta: Weight, >= 0.
+
+        Returns:
+            A p and what came with it, equal on all processes.
+        """
+
+    @abstractmethod
+    def slope(
+        self, part: EmbeddingPart, w: Tensor, tangents: Tensor, alpha: float, beta: float
+    ) -> Tensor:
+        r"""Return a scalar whose gradient in the features is that of <w, A w> / 2, w held.
+
+        Args:
+            part: A part of the model's mean embedding.
             w: Weights of shape (r,).
+            tangents: J_theta G(z) J^T w of this part's samples.
+            alpha: Weight, >= 0.
+            beta: Weight, >= 0.
 
         Returns:
-            Tensor of the samples' shape, differentiable in w and in the features' parameters.
+            A mean over the part's samples, with a graph.
         """
-        with torch.enable_grad(), full_precision(w.device):
-            return torch.autograd.grad(
-                self.local_mean, self.samples, w, create_graph=True, materialize_grads=True
-            )[0]
-
-    def witness_gradient_at(self, w: Tensor, samples: Tensor) -> Tensor:
-        """Return the gradients (1/n) grad f(x_i) of the witness at other samples, without a graph.
-
-        Buffers and dropout masks of the features are those of this embedding.
-        """
-        x = samples.detach().requires_grad_()
-        with torch.enable_grad(), full_precision(x.device):
-            _, features = self.records
-            mean = features(x).mean(0)
-            return torch.autograd.grad(mean, x, w, materialize_grads=True)[0]
-
-    def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return this process's mean embedding at other generator parameters, by name.
-
-        Latents, buffers and dropout masks are those of this embedding, and the features still
-        those with the parameters of the present moment.
-        """
-        _, features = self.records
-        with torch.no_grad(), full_precision(self.samples.device):
-            return features(self.pushforward.replay(parameters)).mean(0)
-
-    def adjoint(self, w: Tensor) -> Tensor:
-        """Return J^T w = L f of the witness with weights w, (P,), averaged over processes."""
-        with full_precision(w.device):
-            (c,) = torch.autograd.grad(
-                self.local_mean, self.samples, w, retain_graph=True, materialize_grads=True
-            )
-        return self._reduce(self.pushforward.cotangent(c))
-
-    def push(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J v of shape (r,), averaged over processes, and the samples' tangents dx."""
-        dx = self.pushforward.tangent(v)
-        u, reverse = self._transposed_graph
-        if not reverse.requires_grad:
-            return torch.zeros_like(self.mean), dx
-        with full_precision(v.device):
-            (jv,) = torch.autograd.grad(reverse, u, dx, retain_graph=True)
-        return self._reduce(jv), dx
-
-    @functools.cached_property
-    def _transposed_graph(self) -> tuple[Tensor, Tensor]:
-        """The features' reverse pass as a graph that is linear in its weights u."""
-        u = torch.zeros_like(self.local_mean, requires_grad=True)
-        reverse = self.witness_gradient(u)
-        refuse_once_differentiable([reverse])
-        return u, reverse
 
 
-class MicroBatchEmbedding:
-    r"""A :class:`MeanEmbedding` that is evaluated in parts, one at a time.
+class ParametricGramian(System):
+    r"""The regularised parametric Gramian, :math:`A = \alpha J J^T + \beta I`.
 
-    The same mean, adjoint and tangents to rounding, with the memory of one part: a part is
-    evaluated anew whenever it is needed, with the buffers and random numbers that it had first, so
-    that each product with J or its transpose costs a forward pass of generator and features more.
-    The parts are z[j::num_parts].
-
-    Args:
-        features: See :class:`MeanEmbedding`.
-        generator: See :class:`MeanEmbedding`.
-        z: See :class:`MeanEmbedding`.
-        parameters: See :class:`MeanEmbedding`.
-        num_parts: Number of parts, >= 1.
-        reduce: See :class:`MeanEmbedding`.
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402.
     """
 
-    def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        generator: nn.Module,
-        z: Tensor,
-        parameters: Mapping[str, Tensor] | None = None,
-        *,
-        num_parts: int,
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ) -> None:
-        self._evaluate = lambda latents, records: MeanEmbedding(
-            features, generator, latents, parameters, records=records
-        )
-        self._z = z
-        self._reduce = reduce
-        self._parts = [slice(j, None, num_parts) for j in range(min(num_parts, len(z)))]
-        self._records: list[tuple[Replay, Replay] | None] = [None] * len(self._parts)
-        samples: list[Tensor] = []
-        self.mean = reduce(self.average(lambda part, _: self._begin(part, samples)))
-        self.samples = torch.empty_like(torch.cat(samples))
-        for part, some in zip(self._parts, samples, strict=True):
-            self.samples[part] = some
+    def apply(self, embedding: MeanEmbedding, p: Tensor, alpha: float, beta: float) -> Image:
+        """Apply A by one reverse and one forward-mode pass."""
+        v = embedding.adjoint(p.to(embedding.mean.dtype))
+        jv, dx = embedding.push(v)
+        jv = jv.double()
+        energy = alpha * v.double().square().sum() + beta * (p @ p)
+        return Image(alpha * jv + beta * p, energy, v, dx, jv)
 
-    def _begin(self, embedding: MeanEmbedding, samples: list[Tensor]) -> Tensor:
-        self._records[len(samples)] = embedding.records
-        self.num_parameters = embedding.num_parameters
-        samples.append(embedding.samples.detach())
-        return embedding.mean
-
-    def average(self, evaluate: Callable[[MeanEmbedding, slice], Tensor]) -> Tensor:
-        """Return the mean over samples of what a function makes of each part's embedding.
-
-        Args:
-            evaluate: Function of a part's embedding, of this process alone, and its slice of the
-                batch, to a tensor that is a mean over samples.
-
-        Returns:
-            Tensor of the function's shape, of this process.
-        """
-        terms = (  # no name holds an embedding: there would be two at a time
-            evaluate(self._evaluate(self._z[part], records), part)
-            * (len(self._z[part]) / len(self._z))
-            for part, records in zip(self._parts, self._records, strict=True)
-        )
-        return functools.reduce(torch.add, terms)
-
-    def mean_at(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`MeanEmbedding.mean_at`."""
-        return self.average(lambda embedding, _: embedding.mean_at(parameters))
-
-    def adjoint(self, w: Tensor) -> Tensor:
-        """See :meth:`MeanEmbedding.adjoint`."""
-        return self._reduce(self.average(lambda embedding, _: embedding.adjoint(w)))
-
-    def push(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`MeanEmbedding.push`."""
-        tangents = torch.empty_like(self.samples)
-
-        def push_part(embedding: MeanEmbedding, part: slice) -> Tensor:
-            jv, tangents[part] = embedding.push(v)
-            return jv
-
-        return self._reduce(self.average(push_part)), tangents
+    def slope(
+        self, part: EmbeddingPart, w: Tensor, tangents: Tensor, alpha: float, beta: float
+    ) -> Tensor:
+        """Return alpha <grad f, dx>: ||J^T w||^2 / 2 depends on the features through grad f."""
+        return alpha * (part.witness_gradient(w) * tangents).sum()
 
 
 @dataclass(frozen=True)
@@ -263,6 +136,8 @@ class WitnessSolution:
         num_iterations: Conjugate-gradient iterations made.
         alpha: Weight of the parametric-gradient penalty.
         beta: Weight of the RKHS norm.
+        error: delta - A w of shape (r,), float64.
+        system: The operator A.
         secants: The steps s that led to w and their images (alpha J J^T + beta I) s, float64, of
             shape (k, 2, r), after those that the solve was given; the newest 256 of them. The
             next solve can be preconditioned with them.
@@ -277,6 +152,8 @@ class WitnessSolution:
     num_iterations: int
     alpha: float
     beta: float
+    error: Tensor
+    system: System
     secants: Tensor
 
     @property
@@ -300,8 +177,15 @@ class WitnessSolution:
 
     @property
     def theorem_rate(self) -> Tensor:
-        """The rate of arXiv 2011.02402, theorem 1: (2 / alpha) (F - beta MMD^2_{alpha,beta})."""
-        return (self.mmd2 - 2 * self.beta * self.regularised_mmd2) / self.alpha
+        """The rate of arXiv 2011.02402, theorem 1: (2 / alpha) (F - beta MMD^2_{alpha,beta}).
+
+        It is evaluated as <delta, D w> + <delta, delta - A w> / alpha, which does not cancel where
+        alpha D is far below beta. At alpha = 0 the theorem is silent, and this is its limit at the
+        exact witness, <delta, D w>.
+        """
+        if self.alpha == 0:
+            return self.descent_rate
+        return self.descent_rate + self.gap @ self.error.to(self.gap.dtype) / self.alpha
 
     @property
     def speed2(self) -> Tensor:
@@ -315,9 +199,9 @@ class WitnessSolution:
 
 
 def solve_witness(
-    features: Callable[[Tensor], Tensor],
+    features: Callable[..., Tensor],
     generator: nn.Module,
-    z: Tensor,
+    z: Inputs,
     gap: Tensor,
     *,
     alpha: float = 1.0,
@@ -337,7 +221,7 @@ def solve_witness(
     Args:
         features: Feature map from samples (n, ...) to (n, r), r > 0.
         generator: Module from latents to samples.
-        z: Latents of shape (n, ...).
+        z: Latents of shape (n, ...), or a tuple (latents, labels): both networks get the labels.
         gap: delta, mean embedding of the target minus that of the model, of shape (r,).
         alpha: Weight of the parametric-gradient penalty, >= 0.
         beta: Weight of the RKHS norm, >= 0 and not zero together with alpha.
@@ -368,7 +252,10 @@ def solve_witness(
     """
     if isinstance(features, nn.Module):
         refuse_shared_parameters(features, generator)
-    embedding = MeanEmbedding(features, generator, z)
+    embedding = MeanEmbedding(features, z, generator)
+    check_problem(
+        embedding, gap, alpha, beta, tolerance, max_iterations, initial=initial, secants=secants
+    )
     solution = solve_embedding(
         embedding,
         gap,
@@ -392,21 +279,23 @@ def solve_witness(
 
 
 def solve_embedding(
-    embedding: MeanEmbedding | MicroBatchEmbedding,
+    embedding: MeanEmbedding,
     gap: Tensor,
     *,
     alpha: float,
     beta: float,
     tolerance: float,
     max_iterations: int,
+    system: System | None = None,
     initial: Tensor | None = None,
     secants: Tensor | None = None,
     overhead: float | None = None,
 ) -> WitnessSolution:
     """Solve for the witness of a mean embedding that was evaluated before.
 
-    Arguments and result are those of :func:`solve_witness`; a residual above the tolerance is
-    returned without a warning, for a training loop that makes few iterations on purpose.
+    Arguments and result are those of :func:`solve_witness`, which checks them; nothing is checked
+    here, and a residual above the tolerance is returned without a warning, for a training loop that
+    makes few iterations on purpose.
 
     Args:
         embedding: The model's mean embedding at the current parameters.
@@ -415,6 +304,7 @@ def solve_embedding(
         beta: See :func:`solve_witness`.
         tolerance: See :func:`solve_witness`.
         max_iterations: See :func:`solve_witness`.
+        system: The operator A; default: :class:`ParametricGramian`.
         initial: See :func:`solve_witness`.
         secants: See :func:`solve_witness`.
         overhead: What an update costs besides its iterations, in iterations, >= 0. When given, stop
@@ -425,61 +315,38 @@ def solve_embedding(
         The solution, with its residual.
 
     Raises:
-        ValueError: If an argument is out of range or a shape does not fit.
+        ValueError: If a direction has no positive curvature.
     """
-    _check_weights(alpha, beta)
-    if not (tolerance > 0 and max_iterations >= 0):
-        raise ValueError(
-            "a witness needs tolerance > 0 and max_iterations >= 0, got "
-            f"tolerance = {tolerance}, max_iterations = {max_iterations}."
-        )
-    for name, vector in (("gap", gap), ("initial", initial)):
-        if vector is not None and vector.shape != embedding.mean.shape:
-            raise ValueError(
-                f"{name} must have one entry for each of the {len(embedding.mean)} features, got "
-                f"shape {tuple(vector.shape)}."
-            )
-    if not gap.isfinite().all():
-        raise ValueError(
-            "gap must be finite, got NaN or infinite entries. Check the real and the generated "
-            "samples; a smaller generator step helps where the generator has diverged."
-        )
-    if secants is None:
-        secants = gap.new_zeros(0, 2, len(gap))
-    elif secants.ndim != 3 or secants.shape[1:] != (2, len(gap)):
-        raise ValueError(
-            f"secants must be of shape (k, 2, {len(gap)}), the secants of an earlier solution, got "
-            f"shape {tuple(secants.shape)}."
-        )
-    elif not secants.isfinite().all():
-        raise ValueError(
-            "secants must be finite, got NaN or infinite entries: the solve that they come from "
-            "has diverged. Start without secants."
-        )
+    secants = gap.new_zeros(0, 2, len(gap)) if secants is None else secants
     secants = secants.detach().double()
-    iterate = _Iterate(embedding, gap.detach(), alpha, beta, _bfgs_inverse(secants))
+    gap = gap.detach()
+    iterate = _Iterate(
+        system or ParametricGramian(), embedding, gap, (alpha, beta), _bfgs_inverse(secants)
+    )
     if initial is not None and bool(initial.any()):
-        iterate.line_search(initial.detach())
+        iterate.line_search(initial.detach().double())
     size = iterate.gap.norm()
     num_iterations = 0
     while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
-        rate = iterate.gap @ iterate.gramian_image
+        rate = iterate.gap @ iterate.total.gramian_image
         iterate.conjugate_step()
         num_iterations += 1
         if overhead is not None:
             worth = (overhead + num_iterations) / max(overhead + num_iterations - 1, 1e-12)
-            if iterate.gap @ iterate.gramian_image < worth * rate:
+            if iterate.gap @ iterate.total.gramian_image < worth * rate:
                 break
     return WitnessSolution(
         weights=iterate.weights.to(gap.dtype),
-        gap=gap.detach(),
-        parametric_gradient=iterate.parametric_gradient,
-        tangents=iterate.tangents,
-        gramian_image=iterate.gramian_image.to(gap.dtype),
+        gap=gap,
+        parametric_gradient=iterate.total.parametric_gradient,
+        tangents=iterate.total.tangents,
+        gramian_image=iterate.total.gramian_image.to(gap.dtype),
         alpha=alpha,
         beta=beta,
         residual=float(iterate.residual.norm() / size) if size > 0 else 0.0,
         num_iterations=num_iterations,
+        error=iterate.residual,
+        system=iterate.system,
         secants=torch.cat([secants, *iterate.secants])[-_MOST_SECANTS:],
     )
 
@@ -487,64 +354,74 @@ def solve_embedding(
 class _Iterate:
     """Conjugate gradients that carry J^T w and its tangents along: a step gives them for nothing.
 
-    They are preconditioned by a function close to r -> A^-1 r, A = alpha J J^T + beta I. Vectors of
-    length r are accumulated in float64 over products in the networks' precision.
+    They are preconditioned by a function close to r -> A^-1 r. Vectors of length r are accumulated
+    in float64 over products in the networks' precision.
     """
 
     def __init__(
         self,
-        embedding: MeanEmbedding | MicroBatchEmbedding,
+        system: System,
+        embedding: MeanEmbedding,
         gap: Tensor,
-        alpha: float,
-        beta: float,
+        penalty_weights: tuple[float, float],
         precondition: Callable[[Tensor], Tensor],
     ) -> None:
-        self.embedding, self.alpha, self.beta = embedding, alpha, beta
+        self.system, self._embedding = system, embedding
+        self._penalty_weights = penalty_weights
+        self._precondition = precondition
         self.gap = gap.double()
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
-        self.gramian_image = torch.zeros_like(self.gap)
-        self._precondition = precondition
+        samples = embedding.samples
+        self.total = Image(
+            value=torch.zeros_like(self.gap),
+            energy=self.gap.new_zeros(()),
+            parametric_gradient=samples.new_zeros(embedding.num_parameters),
+            tangents=torch.zeros_like(samples, requires_grad=False),
+            gramian_image=torch.zeros_like(self.gap),
+        )
         self._direction, self._size = torch.zeros_like(self.gap), math.inf
         self.secants: list[Tensor] = []
         self._largest_curvature = 0.0
-        self.parametric_gradient = torch.zeros(
-            embedding.num_parameters,
-            dtype=embedding.samples.dtype,
-            device=embedding.samples.device,
-        )
-        self.tangents = torch.zeros_like(embedding.samples, requires_grad=False)
 
     def line_search(self, p: Tensor) -> None:
         """Move along p to the least energy 1/2 <w, A w> - <w, delta>."""
-        v = self.embedding.adjoint(p.to(self.embedding.mean.dtype))
-        jv, dx = self.embedding.push(v)
-        p = p.double()
-        image = self.alpha * jv.double() + self.beta * p
+        alpha, beta = self._penalty_weights
+        image = self.system.apply(self._embedding, p, alpha, beta)
         size = p @ p
-        curvature = (self.alpha * v.double().square().sum() + self.beta * size) / size
+        curvature = image.energy / size
         self._largest_curvature = max(self._largest_curvature, float(curvature))
-        rounding = 0.0 if self.beta else torch.finfo(v.dtype).eps * self._largest_curvature
+        precision = torch.finfo(image.parametric_gradient.dtype).eps
+        rounding = 0.0 if beta else precision * self._largest_curvature
         if not curvature > rounding:  # also for NaN
             raise ValueError(
                 f"the regularised Gramian has curvature {float(curvature):.3g} along a direction; "
                 "it must be positive. Use beta > 0, and check the samples for NaN."
             )
         step = p @ self.residual / (curvature * size)
-        self.secants.append(step * torch.stack([p, image])[None])
+        self.secants.append(step * torch.stack([p, image.value])[None])
         self.weights = self.weights + step * p
-        self.residual = self.residual - step * image
-        self.gramian_image = self.gramian_image + step * jv.double()
-        step = step.to(v.dtype)
-        self.parametric_gradient = self.parametric_gradient + step * v
-        self.tangents = self.tangents + step * dx
+        self.residual = self.residual - step * image.value
+        self.total = _add(self.total, step, image)
 
     def conjugate_step(self) -> None:
+        """Make one preconditioned conjugate-gradient iteration."""
         z = self._precondition(self.residual)
         size = self.residual @ z
         self._direction = z + (size / self._size) * self._direction
         self._size = size
         self.line_search(self._direction)
+
+
+def _add(total: Image, step: Tensor, image: Image) -> Image:
+    single = step.to(image.parametric_gradient.dtype)
+    return Image(
+        value=total.value + step * image.value,
+        energy=total.energy,
+        parametric_gradient=total.parametric_gradient + single * image.parametric_gradient,
+        tangents=total.tangents + single * image.tangents,
+        gramian_image=total.gramian_image + step * image.gramian_image,
+    )
 
 
 def _bfgs_inverse(secants: Tensor) -> Callable[[Tensor], Tensor]:
@@ -577,92 +454,53 @@ def _bfgs_inverse(secants: Tensor) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def _check_weights(alpha: float, beta: float) -> None:
+def check_problem(
+    embedding: MeanEmbedding,
+    gap: Tensor,
+    alpha: float,
+    beta: float,
+    tolerance: float,
+    max_iterations: int,
+    *,
+    initial: Tensor | None = None,
+    secants: Tensor | None = None,
+) -> None:
+    """Refuse a witness that cannot be solved for; arguments are those of :func:`solve_witness`.
+
+    Raises:
+        ValueError: If an argument is out of range or a shape does not fit.
+    """
     if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
         raise ValueError(
             "the penalty weights must be finite, alpha >= 0 and beta >= 0, and not both zero, got "
             f"alpha = {alpha}, beta = {beta}."
         )
-
-
-class KernelWitness:
-    r"""The witness function of two weighted samples under any kernel, in closed form.
-
-    .. math:: f(t) = \sum_i a_i\, k(x_i, t) - \sum_j b_j\, k(y_j, t)
-
-    With the default weights 1/n and 1/m it is :math:`\mu_p - \mu_q` of the empirical
-    distributions, positive where the target has more mass than the model. Samples that climb its
-    gradient descend :math:`\frac12 MMD^2`. Cost O((n + m) k), memory O(block_size k).
-
-    Args:
-        x: Target sample of shape (n, d).
-        y: Model sample of shape (m, d), of the same floating dtype.
-        kernel: The kernel k.
-        x_weights: a, of shape (n,); of any sign. Default 1/n each.
-        y_weights: b, of shape (m,); of any sign. Default 1/m each.
-        block_size: Number of sample points whose kernel values are held at a time.
-
-    Raises:
-        ValueError: If a sample or its weights are empty or of another shape.
-
-    Source:
-        Gretton et al. 2012, A kernel two-sample test, section 2.3.
-
-    Example:
-        >>> from lightning_mmd.kernels import Linear
-        >>> witness = KernelWitness(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]), Linear())
-        >>> witness(torch.tensor([[10.0]])), witness.gradient(torch.tensor([[10.0]]))
-        (tensor([-30.]), tensor([[-3.]]))
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        kernel: Kernel,
-        *,
-        x_weights: Tensor | None = None,
-        y_weights: Tensor | None = None,
-        block_size: int = 2048,
-    ) -> None:
-        if block_size < 1:
-            raise ValueError(f"KernelWitness needs block_size >= 1, got {block_size}.")
-        self._kernel = kernel
-        self._blocks = [
-            block
-            for sign, name, points, weights in ((1, "x", x, x_weights), (-1, "y", y, y_weights))
-            for block in _weighted_blocks(sign, name, points, weights, block_size)
-        ]
-
-    def __call__(self, points: Tensor) -> Tensor:
-        """Return f at points of shape (k, d), as (k,), differentiable in the points."""
-        terms = (self._kernel(points, centres) @ weights for centres, weights in self._blocks)
-        return sum(terms, points.new_zeros(len(points)))
-
-    def gradient(self, points: Tensor) -> Tensor:
-        """Return the gradients of f at points of shape (k, d), as (k, d), without a graph."""
-        points = points.detach().requires_grad_()
-        gradient = torch.zeros_like(points, requires_grad=False)
-        for centres, weights in self._blocks:
-            with torch.enable_grad():
-                total = (self._kernel(points, centres) @ weights).sum()
-            gradient += torch.autograd.grad(total, points)[0]
-        return gradient
-
-
-def _weighted_blocks(
-    sign: int, name: str, points: Tensor, weights: Tensor | None, block_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    if points.ndim != 2 or len(points) == 0:
+    if not (tolerance > 0 and max_iterations >= 0):
         raise ValueError(
-            f"KernelWitness expects {name} of shape (n, d) with n >= 1, got "
-            f"{tuple(points.shape)}. Flatten images first: {name}.flatten(1)."
+            "a witness needs tolerance > 0 and max_iterations >= 0, got "
+            f"tolerance = {tolerance}, max_iterations = {max_iterations}."
         )
-    if weights is None:
-        weights = points.new_full((len(points),), 1.0 / len(points))
-    if weights.shape != (len(points),):
+    num_features = len(embedding.mean)
+    for name, vector in (("gap", gap), ("initial", initial)):
+        if vector is not None and vector.shape != (num_features,):
+            raise ValueError(
+                f"{name} must have one entry for each of the {num_features} features, got "
+                f"shape {tuple(vector.shape)}."
+            )
+    if not gap.isfinite().all():
         raise ValueError(
-            f"KernelWitness expects one weight for each of the {len(points)} points {name}, got "
-            f"shape {tuple(weights.shape)}."
+            "gap must be finite, got NaN or infinite entries. Check the real and the generated "
+            "samples; a smaller generator step helps where the generator has diverged."
         )
-    return list(zip(points.split(block_size), (sign * weights).split(block_size), strict=True))
+    if secants is None:
+        return
+    if secants.ndim != 3 or secants.shape[1:] != (2, num_features):
+        raise ValueError(
+            f"secants must be of shape (k, 2, {num_features}), the secants of an earlier solution, "
+            f"got shape {tuple(secants.shape)}."
+        )
+    if not secants.isfinite().all():
+        raise ValueError(
+            "secants must be finite, got NaN or infinite entries: the solve that they come from "
+            "has diverged. Start without secants."
+        )

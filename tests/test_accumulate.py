@@ -1,4 +1,4 @@
-"""Micro-batches, lazy and partial penalties: what they change, and what they do not."""
+"""Micro-batches and partial penalties: what they change, and what they do not."""
 
 import copy
 import weakref
@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from tiny import gan
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,12 +14,19 @@ from torch.utils.data import DataLoader
 
 from lightning_mmd import (
     MMDGAN,
+    Batch,
+    ClosedForm,
+    GradientAscent,
+    Lagged,
     LearnedKernelCritic,
+    MeanEmbedding,
+    Processes,
+    Split,
     parametric_gradient,
     parametric_gradient_penalty,
 )
 from lightning_mmd.networks import ConvFeatures, ConvGenerator, MLPFeatures, MLPGenerator
-from lightning_mmd.witness import MicroBatchEmbedding
+from lightning_mmd.passes import seeded
 
 BATCH = 12
 
@@ -27,7 +35,7 @@ def make_model(kind=MMDGAN, generator=None, features=None, **kwargs):
     torch.manual_seed(0)
     generator = generator or MLPGenerator(2, 3, (16,))
     critic = LearnedKernelCritic(features or MLPFeatures(2, 8, (16,)), 8)
-    return kind(generator, critic, latent_dim=3, **({"beta": 0.1} | kwargs))
+    return gan(generator, critic, kind=kind, latents=3, **({"beta": 0.1} | kwargs))
 
 
 def train(model, path, num_steps=3, data=None, callbacks=(), ckpt_path=None):
@@ -55,16 +63,15 @@ def assert_equal_parameters(one, other, tolerance):
         assert (p - q).abs().max() <= tolerance, name
 
 
-ADVERSARIAL = {"critic_mode": "adversarial", "alpha": 5.0}
+ADVERSARIAL = {"rule": GradientAscent, "alpha": 5.0}
 CONFIGURATIONS = {
     "closed form": {},
     "batch": ADVERSARIAL,
-    "split": ADVERSARIAL | {"penalty_estimator": "split"},
-    "lagged": ADVERSARIAL | {"penalty_estimator": "lagged"},
-    "double backward": ADVERSARIAL | {"penalty_method": "double_backward"},
-    "lazy": ADVERSARIAL | {"penalty_interval": 2},
-    "partial": ADVERSARIAL | {"penalty_fraction": 0.5},
-    "partial split": ADVERSARIAL | {"penalty_fraction": 0.6, "penalty_estimator": "split"},
+    "split": ADVERSARIAL | {"estimator": Split()},
+    "lagged": ADVERSARIAL | {"estimator": Lagged()},
+    "double backward": ADVERSARIAL | {"method": "double_backward"},
+    "partial": ADVERSARIAL | {"fraction": 0.5},
+    "partial split": ADVERSARIAL | {"fraction": 0.6, "estimator": Split()},
     "no penalty": ADVERSARIAL | {"alpha": 0.0},
 }
 
@@ -74,7 +81,7 @@ CONFIGURATIONS = {
 def test_micro_batches_train_as_the_batch(name, num_parts, tmp_path):
     """Adam divides by the gradient's size, so SGD: errors are seen as they are."""
     kwargs = CONFIGURATIONS[name] | {"critic_optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
-    whole, parts = make_model(**kwargs), make_model(accumulate=num_parts, **kwargs)
+    whole, parts = make_model(**kwargs), make_model(micro_batches=num_parts, **kwargs)
     start = copy.deepcopy(whole)
     train(whole, tmp_path)
     train(parts, tmp_path)
@@ -83,14 +90,30 @@ def test_micro_batches_train_as_the_batch(name, num_parts, tmp_path):
         (p - q).abs().max() for p, q in zip(whole.parameters(), start.parameters(), strict=True)
     ]
     assert max(moved) > 1e-3
-    torch.testing.assert_close(whole._last_penalty, parts._last_penalty, rtol=1e-12, atol=0)
+    torch.testing.assert_close(penalty_of(whole), penalty_of(parts), rtol=1e-12, atol=0)
+
+
+def penalty_of(model):
+    return getattr(model.rule, "_last_penalty", torch.zeros(()))
 
 
 class Listening(MMDGAN):
     """Keeps the vectors that are averaged over processes."""
 
-    def _mean_over_processes(self, tensor):
-        self.averaged = [*getattr(self, "averaged", []), tensor]
+    def _game(self, real):
+        game = super()._game(real)
+        if not isinstance(game.processes, Listener):
+            self.averaged = []
+            game.processes = Listener(self.averaged)
+        return game
+
+
+class Listener(Processes):
+    def __init__(self, averaged):
+        self.averaged = averaged
+
+    def mean(self, tensor):
+        self.averaged.append(tensor)
         return tensor
 
 
@@ -106,17 +129,17 @@ def with_state():
 def test_the_two_passes_of_a_penalty_see_one_mask(tmp_path):
     """The penalty's value is the mean slope of the second pass along the first one's L f."""
     generator, features = with_state()
-    model = make_model(Listening, generator, features, accumulate=3, **ADVERSARIAL)
+    model = make_model(Listening, generator, features, micro_batches=3, **ADVERSARIAL)
     train(model, tmp_path, 1)
     direction = model.averaged[0]
     assert direction.shape == (sum(p.numel() for p in generator.parameters()),)
-    torch.testing.assert_close(model._last_penalty, direction.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(penalty_of(model), direction.square().sum(), rtol=1e-12, atol=0)
 
 
 def test_a_micro_batch_embedding_is_adjoint_to_itself():
     """<J^T w, v> = <w, J v> needs the same masks and power iterations in every evaluation."""
     generator, features = with_state()
-    embedding = MicroBatchEmbedding(features, generator, torch.randn(7, 3), num_parts=3)
+    embedding = MeanEmbedding(features, torch.randn(7, 3), generator, num_parts=3)
     w, v = torch.randn(8), torch.randn(embedding.num_parameters)
     buffers, state = copy.deepcopy(dict(features.named_buffers())), torch.get_rng_state()
     jv, tangents = embedding.push(v)
@@ -158,16 +181,16 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("critic_mode", ["closed_form", "adversarial"])
-def test_micro_batches_save_memory(critic_mode, tmp_path):
+@pytest.mark.parametrize("rule", [ClosedForm, GradientAscent])
+def test_micro_batches_save_memory(rule, tmp_path):
     peaks = []
     for accumulate in (1, 4):
         model = make_model(
             MMDGAN,
             ConvGenerator((1, 8, 8), 3, (8, 8)),
             ConvFeatures((1, 8, 8), 8, (8, 8)),
-            critic_mode=critic_mode,
-            accumulate=accumulate,
+            rule=rule,
+            micro_batches=accumulate,
         )
         with LiveBytes() as memory:
             train(model, tmp_path, 1, torch.randn(64, 1, 8, 8))
@@ -175,7 +198,7 @@ def test_micro_batches_save_memory(critic_mode, tmp_path):
     assert 3 < peaks[0] / peaks[1] < 4.5
 
 
-# Lazy and partial penalties
+# Partial penalties
 
 
 def gradients_of(model, path, num_steps):
@@ -196,30 +219,13 @@ def flat(module):
     return torch.cat([p.grad.flatten() for p in module.parameters()])
 
 
-def test_a_lazy_penalty_has_the_full_weight_over_its_interval(tmp_path):
-    """Nothing moves and all steps see one batch of latents, so a period's sum is exact."""
-
-    class OneDraw(MMDGAN):
-        def sample_latents(self, num):
-            return torch.randn(num, 3, generator=torch.Generator().manual_seed(3))
-
-    every = gradients_of(make_model(OneDraw, **ADVERSARIAL), tmp_path, 4)
-    never = gradients_of(make_model(OneDraw, **ADVERSARIAL | {"alpha": 0.0}), tmp_path, 1)[0]
-    lazy = gradients_of(make_model(OneDraw, penalty_interval=3, **ADVERSARIAL), tmp_path, 4)
-    for step, gradient in enumerate(lazy):
-        weight = 3 if step % 3 == 0 else 0
-        expected = never + weight * (every[0] - never)
-        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(sum(lazy[:3]), sum(every[:3]), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize(("estimator", "size"), [("batch", 5), ("split", 6)])
+@pytest.mark.parametrize(("estimator", "size"), [(Batch(), 5), (Split(), 6)])
 def test_a_partial_penalty_is_that_of_the_first_latents(estimator, size, tmp_path):
     """Of 12 latents and a fraction of 0.4: 4.8, upwards 5, and to an even number 6."""
-    kwargs = {"penalty_fraction": 0.4, "penalty_estimator": estimator}
+    kwargs = {"fraction": 0.4, "estimator": estimator}
     (ours,) = gradients_of(make_model(**ADVERSARIAL | kwargs), tmp_path, 1)
     model = make_model(**ADVERSARIAL)
-    with model._seeded(0, 0, 0):
+    with seeded(model.device, 0, 0, 0):
         z = model.sample_latents(BATCH)
     real = torch.randn(BATCH, 2, generator=torch.Generator().manual_seed(1))
     critic, generator = model.critic, model.generator
@@ -231,19 +237,16 @@ def test_a_partial_penalty_is_that_of_the_first_latents(estimator, size, tmp_pat
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lazy", "lagged", "partial split"])
+@pytest.mark.parametrize("name", ["lagged", "partial split"])
 def test_the_phase_of_a_penalty_is_resumed(name, tmp_path):
-    """Three steps and four more, with a checkpoint amid an interval, are seven steps."""
-    kwargs = CONFIGURATIONS[name] | {"critic_steps": 2, "penalty_interval": 3}
+    """Three steps and four more, with a checkpoint between them, are seven steps."""
+    kwargs = CONFIGURATIONS[name] | {"critic_steps": 2}
     through, first, second = (make_model(**kwargs) for _ in range(3))
     train(through, tmp_path, 5)
     trainer = train(first, tmp_path, 2)  # four critic steps: the next penalty is two steps ahead
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     train(second, tmp_path, 5, ckpt_path=tmp_path / "a.ckpt")
     assert_equal_parameters(through, second, 0.0)
-    shifted = make_model(**kwargs | {"penalty_interval": 4})
-    train(shifted, tmp_path, 5)
-    assert not torch.equal(shifted.critic.weights, through.critic.weights)
 
 
 class Population:
@@ -277,6 +280,12 @@ class Population:
         return self.z[torch.randint(len(self.z), (num,))]
 
 
+def lagged(direction):
+    estimator = Lagged()
+    estimator.observe(direction)
+    return estimator
+
+
 NUM_BATCHES, SIZE = 600, 8
 
 
@@ -288,8 +297,8 @@ def test_bias_and_variance_against_the_whole_population(name):
     along = population.mean @ population.covariance @ population.mean / length2
     kwargs, size, bias = {
         "batch": ({}, SIZE, noise / SIZE),
-        "split": ({"estimator": "split"}, SIZE, 0.0),
-        "lagged": ({"direction": population.mean}, SIZE, along / SIZE),
+        "split": ({"estimator": Split()}, SIZE, 0.0),
+        "lagged": ({"estimator": lagged(population.mean)}, SIZE, along / SIZE),
         "partial": ({}, SIZE // 4, noise / (SIZE // 4)),
     }[name]
     values, gradients = [], []

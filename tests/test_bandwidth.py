@@ -3,11 +3,11 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tiny import gan
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mmd import (
-    MMDGAN,
     BandwidthSchedule,
     Gaussian,
     LearnedKernelCritic,
@@ -24,7 +24,7 @@ def model(random_features=True, **kwargs):
     torch.manual_seed(0)
     psi = RandomFourierFeatures(Gaussian(0.5), 4, 32) if random_features else None
     critic = LearnedKernelCritic(MLPFeatures(2, 4, (8,)), 4, psi)
-    return MMDGAN(MLPGenerator(2, 3, (8,)), critic, latent_dim=3, **kwargs)
+    return gan(MLPGenerator(2, 3, (8,)), critic, latents=3, **kwargs)
 
 
 def data():
@@ -117,7 +117,12 @@ def test_a_kernel_of_a_loss_is_replaced():
     [
         (lambda: model(False), "critic", ValueError, r"in 'critic', got LearnedKernelCritic"),
         (model, "netD", ValueError, r"'netD', which MMDGAN.*are: generator, critic"),
-        (lambda: KernelLoss(Linear()), "kernel", ValueError, r"with a bandwidth, got Linear\(\)"),
+        (
+            lambda: KernelLoss(Linear()),
+            "kernel",
+            ValueError,
+            r"Linear\(\) has no bandwidth",
+        ),
     ],
 )
 def test_targets_without_a_bandwidth_are_named(module, target, error, message):

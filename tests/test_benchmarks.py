@@ -95,9 +95,11 @@ def test_bytes_of_a_step(run):
     rows = run("communication", width=4, batch_size=4, num_steps=3)
     share = {row["iteration"]: row["of_gradients"] for row in rows}
     sizes = rows[0]["P_G"] / (rows[0]["P_G"] + rows[0]["P_C"])
-    assert share["adversarial, no penalty"] == 1
-    assert share["adversarial, batch"] == share["adversarial, split"] == pytest.approx(1 + sizes)
-    assert share["adversarial, lagged"] == pytest.approx(1, abs=1e-4)  # one number more
+    one = 1 / (rows[0]["P_G"] + rows[0]["P_C"])  # number more: the objective
+    assert share["adversarial, no penalty"] == pytest.approx(1 + one, rel=1e-12)
+    assert share["adversarial, batch"] == share["adversarial, split"]
+    assert share["adversarial, batch"] == pytest.approx(1 + sizes + one, rel=1e-12)
+    assert share["adversarial, lagged"] == pytest.approx(1 + one, abs=1e-4)  # and the slope
     three, one = (share[f"closed form, {k}"] for k in ("3 CG iterations", "1 CG iteration"))
     assert three - one == pytest.approx(2 * sizes, rel=0.02)  # L f for each iteration
 

@@ -166,12 +166,17 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
     with pytest.raises(SystemExit):
         fit("--print_config")
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["alpha"] == 1.0
+    assert config["model"]["rule"]["init_args"]["alpha"] == 1.0
     assert config["model"]["generator"]["class_path"].endswith("ConvGenerator")
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert "Length of a standard normal latent vector" in text
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.rule.help", "GradientAscent"])
+    text = " ".join(capsys.readouterr().out.split())
     assert "Weight of the parametric-gradient penalty, >= 0." in text
+    assert "eta" not in text.split()
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "lightning-mmd sample" in capsys.readouterr().out
@@ -189,11 +194,11 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
             "GeneratorEMA: Option 'half_lif' is not accepted. See --trainer.callbacks.help Gen",
         ),
         (["--model.nonsense=3"], "nonsense"),
-        (["--model.alpha=-1"], "alpha must be a finite number >= 0, got -1.0"),
+        (["--model.rule.alpha=-1"], "alpha must be a finite number >= 0, got -1.0"),
         (["--model.critic.init_args.num_features=0"], "num_features must be at least 1"),
         (["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["--ckpt_path=damaged.ckpt"], "cannot be read as a checkpoint"),
-        (["--model.latent_dim=7"], "does not take latents of shape (2, 7)"),
+        (["--model.latents=7"], "does not take latents of shape (2, 7)"),
         (["--data.init_args.image_size=16"], "samples of shape (1, 16, 16)"),
         (["--data=TorchvisionDataModule", "--data.init_args.download=false"], "`download: true`"),
     ],
@@ -219,15 +224,18 @@ def test_bad_input_is_one_clear_message(args, message, tmp_path, capsys):
 def test_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch):
     monkeypatch.setenv("LIGHTNING_MMD_TRACEBACK", "1")
     with pytest.raises(ValueError, match="alpha"):
-        fit("--model.alpha=-1")
+        fit("--model.rule.alpha=-1")
 
 
 def test_the_configuration_rules_over_the_checkpoint(checkpoint, tmp_path):
     """Lightning would put the recorded arguments in place of the user's."""
-    fit(f"--ckpt_path={checkpoint}", "--trainer.max_steps=6", "--model.beta=0.5")
+    with pytest.warns(
+        UserWarning, match=r"trained by ClosedForm\(.*beta=0.1.*goes on with .*beta=0.5"
+    ):
+        fit(f"--ckpt_path={checkpoint}", "--trainer.max_steps=6", "--model.rule.beta=0.5")
     path = tmp_path / "runs/digits/version_1/checkpoints/last.ckpt"
     recorded = torch.load(path, weights_only=True)
-    assert recorded["hyper_parameters"]["beta"] == 0.5
+    assert recorded["hyper_parameters"]["rule"]["init_args"]["beta"] == 0.5
     assert recorded["global_step"] == 6
 
 
@@ -276,7 +284,7 @@ def test_sample_says_why_a_module_made_in_python_does_not_load(tmp_path):
 
     critic = LearnedKernelCritic(MLPFeatures(2, 4), 4)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=0)
-    trainer.strategy.connect(MMDGAN(MLPGenerator(2, 3), critic, latent_dim=3))
+    trainer.strategy.connect(MMDGAN(MLPGenerator(2, 3), critic, latents=3))
     trainer.save_checkpoint(tmp_path / "python.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="made in Python"):
         run(["sample", f"--ckpt_path={tmp_path / 'python.ckpt'}"])

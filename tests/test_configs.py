@@ -68,7 +68,7 @@ def test_config_is_consistent(name):
     """What stands twice in a flat file stands there with one value."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     model, trainer = config["model"], config["trainer"]
-    assert model["generator"]["init_args"]["latent_dim"] == model["latent_dim"]
+    assert model["generator"]["init_args"]["latent_dim"] == model["latents"]
     critic = model["critic"]["init_args"]
     features = critic["features"].get("init_args", {})
     assert features.get("num_features", critic["num_features"]) == critic["num_features"]

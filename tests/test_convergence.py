@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from tiny import gan
 from torch.utils.data import DataLoader
 
 from lightning_mmd import (
-    MMDGAN,
     ConvergenceMonitor,
     Gaussian,
+    GradientAscent,
     LearnedKernelCritic,
     mmd2_unbiased,
 )
@@ -27,8 +28,8 @@ KERNEL = Gaussian(1.0)
 def model(**kwargs):
     torch.manual_seed(0)
     critic = LearnedKernelCritic(MLPFeatures(2, 8, (8,)), 8)
-    defaults = {"latent_dim": 3, "critic_mode": "adversarial"}
-    return MMDGAN(MLPGenerator(2, 3, (8,)), critic, **(defaults | kwargs))
+    defaults = {"latents": 3, "rule": GradientAscent}
+    return gan(MLPGenerator(2, 3, (8,)), critic, **(defaults | kwargs))
 
 
 def data(num=40):

@@ -13,13 +13,22 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from tiny import gan
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic, NoiseInjection
+from lightning_mmd import (
+    MMDGAN,
+    ClosedForm,
+    GradientAscent,
+    Lagged,
+    LearnedKernelCritic,
+    NoiseInjection,
+)
 from lightning_mmd.data import SampleDataModule, TensorSamples
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.noise import AdaptiveNoise, ConstantNoise
+from lightning_mmd.passes import seeded
 
 NUM_STEPS, BATCH = 6, 8
 
@@ -39,7 +48,7 @@ class WholeBatch(MMDGAN):
         self.draws += 1
         parts = []
         for rank in range(2):
-            with self._seeded(self.seed, rank, self.critic_step):
+            with seeded(self.device, self.seed, rank, self.critic_step):
                 parts.append([torch.randn(BATCH, 3) for _ in range(self.draws)][-1])
         return torch.cat(parts)
 
@@ -57,7 +66,7 @@ class Points(SampleDataModule):
 def make_model(kind, **kwargs):
     torch.manual_seed(0)
     critic = LearnedKernelCritic(MLPFeatures(2, 12, (16,)), 12)
-    return kind(MLPGenerator(2, 3, (16,)), critic, latent_dim=3, beta=0.1, **kwargs)
+    return gan(MLPGenerator(2, 3, (16,)), critic, kind=kind, latents=3, beta=0.1, **kwargs)
 
 
 def fit(model, path, devices, strategy="auto", callbacks=(), num_nodes=1):
@@ -86,18 +95,18 @@ def fit(model, path, devices, strategy="auto", callbacks=(), num_nodes=1):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"critic_mode": "closed_form"},
-        {"critic_mode": "adversarial", "alpha": 5.0},
-        {"critic_mode": "adversarial", "alpha": 5.0, "penalty_estimator": "lagged"},
+        {"rule": ClosedForm},
+        {"rule": GradientAscent, "alpha": 5.0},
+        {"rule": GradientAscent, "alpha": 5.0, "estimator": Lagged()},
     ],
     ids=["closed form", "adversarial", "lagged"],
 )
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_processes_train_as_one(kwargs, accumulate, tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_two_processes_train_as_one(kwargs, micro_batches, tmp_path):
     one = make_model(WholeBatch, **kwargs)
     start = copy.deepcopy(one.state_dict())
     whole = fit(one, tmp_path, devices=1)
-    several = make_model(MMDGAN, accumulate=accumulate, **kwargs)
+    several = make_model(MMDGAN, micro_batches=micro_batches, **kwargs)
     parts = fit(several, tmp_path, devices=2, strategy="ddp_fork")
     size = nn.utils.parameters_to_vector([whole[n] - start[n] for n in whole]).norm()
     assert size > 0.05  # they moved
@@ -116,18 +125,18 @@ class WholeNoise(NoiseInjection):
         return torch.cat(parts)
 
 
-@pytest.mark.parametrize("mode", ["closed_form", "adversarial"])
+@pytest.mark.parametrize("rule", [ClosedForm, GradientAscent])
 @pytest.mark.parametrize(
     "schedule", [ConstantNoise(0.5), AdaptiveNoise(largest=1.0)], ids=["constant", "adaptive"]
 )
-def test_noise_is_injected_into_two_processes_as_into_one(mode, schedule, tmp_path):
-    model = make_model(WholeBatch, critic_mode=mode)
+def test_noise_is_injected_into_two_processes_as_into_one(rule, schedule, tmp_path):
+    model = make_model(WholeBatch, rule=rule)
     start = copy.deepcopy(model.state_dict())
     whole = fit(model, tmp_path / "one", devices=1, callbacks=[WholeNoise(schedule)])
     noise = NoiseInjection(schedule)
-    several = make_model(MMDGAN, critic_mode=mode)
+    several = make_model(MMDGAN, rule=rule)
     parts = fit(several, tmp_path / "two", 2, "ddp_fork", callbacks=[noise])
-    plain = fit(make_model(WholeBatch, critic_mode=mode), tmp_path / "plain", devices=1)
+    plain = fit(make_model(WholeBatch, rule=rule), tmp_path / "plain", devices=1)
     size = nn.utils.parameters_to_vector([whole[n] - start[n] for n in whole]).norm()
     noisy = nn.utils.parameters_to_vector([whole[n] - plain[n] for n in whole]).norm()
     assert noisy > 1e-3 * size  # it did something
@@ -174,7 +183,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kwargs", [{}, {"critic_mode": "adversarial"}], ids=["closed", "gradient"])
+@pytest.mark.parametrize("kwargs", [{}, {"rule": GradientAscent}], ids=["closed", "gradient"])
 def test_other_flags_of_ddp_give_the_same_steps(strategy, kwargs, tmp_path):
     plain = fit(make_model(MMDGAN, **kwargs), tmp_path, devices=2, strategy="ddp_fork")
     other = fit(make_model(MMDGAN, **kwargs), tmp_path, devices=2, strategy=STRATEGIES[strategy]())
@@ -232,3 +241,20 @@ def test_two_nodes_train_as_two_processes(tmp_path):
     nodes = torch.load(tmp_path / "0" / "1.ckpt", weights_only=True)["state_dict"]
     for name, value in here.items():
         assert torch.equal(value, nodes[name]), name
+
+
+class NaNOnOneRank(MMDGAN):
+    """A model that one process hands a batch with NaN."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            batch = torch.full_like(batch, torch.nan)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("rule", [ClosedForm, GradientAscent])
+def test_a_batch_with_nan_on_one_process_stops_all_with_one_message(rule, tmp_path):
+    """No process waits for a collective that another one left."""
+    model = make_model(NaNOnOneRank, rule=rule)
+    with pytest.raises(ProcessRaisedException, match="real data holds NaN or infinite"):
+        fit(model, tmp_path, 2, "ddp_fork")

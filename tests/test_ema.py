@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tiny import gan
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,7 @@ def data():
 def model(**kwargs):
     torch.manual_seed(0)
     critic = LearnedKernelCritic(MLPFeatures(2, 8, (8,)), 8)
-    return MMDGAN(MLPGenerator(2, 3, (8,)), critic, latent_dim=3, **kwargs)
+    return gan(MLPGenerator(2, 3, (8,)), critic, latents=3, **kwargs)
 
 
 def trainer(max_steps, *callbacks, **kwargs):

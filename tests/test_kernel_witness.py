@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_mmd.features import RandomFourierFeatures
+from lightning_mmd.kernel_witness import KernelWitness
 from lightning_mmd.kernels import (
     Energy,
     Gaussian,
@@ -16,7 +17,6 @@ from lightning_mmd.kernels import (
     SumKernel,
 )
 from lightning_mmd.mmd import mmd2_biased
-from lightning_mmd.witness import KernelWitness
 
 KERNELS = [
     Gaussian(0.7),

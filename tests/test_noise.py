@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.flows import point_flow
+from lightning_mmd.kernel_witness import KernelWitness
 from lightning_mmd.kernels import (
     Gaussian,
     InverseMultiquadric,
@@ -25,7 +26,6 @@ from lightning_mmd.noise import (
     PlateauNoise,
     hessian_constant,
 )
-from lightning_mmd.witness import KernelWitness
 
 SMOOTH = [
     Gaussian(0.8),

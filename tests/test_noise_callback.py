@@ -8,13 +8,22 @@ from foreign import SHAPE, WGAN, HingeGAN, TutorialGAN, mlp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from tiny import gan
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mmd import MMDGAN, InstanceNoise, LearnedKernelCritic, NoiseInjection
-from lightning_mmd.callbacks.foreign import counter_seed
+from lightning_mmd import (
+    MMDGAN,
+    ClosedForm,
+    GradientAscent,
+    InstanceNoise,
+    LearnedKernelCritic,
+    NoiseInjection,
+    TrustRegion,
+)
 from lightning_mmd.noise import AdaptiveNoise, ConstantNoise, HalvingNoise, PlateauNoise
+from lightning_mmd.passes import counter_seed
 
 BATCH, LEVEL = 8, 0.7
 NAMES = {
@@ -54,11 +63,11 @@ def hinge_gan(dropout=0.0):
     return HingeGAN(nn.Sequential(mlp(5, 16), nn.Unflatten(1, SHAPE)), critic, 5)
 
 
-def kernel_gan(mode="closed_form", seed=0, **kwargs):
+def kernel_gan(rule=ClosedForm, seed=0, **kwargs):
     torch.manual_seed(seed)
     generator = nn.Sequential(mlp(5, 16), nn.Unflatten(1, SHAPE))
     critic = LearnedKernelCritic(nn.Sequential(nn.Flatten(), mlp(16, 12)), 12)
-    return MMDGAN(generator, critic, latent_dim=5, critic_mode=mode, beta=0.1, **kwargs)
+    return gan(generator, critic, rule, latents=5, beta=0.1, **kwargs)
 
 
 class Gradients(Callback):
@@ -97,7 +106,7 @@ def observe(module, *callbacks, **kwargs):
     [
         hinge_gan,
         lambda: WGAN(critic_steps=1),
-        lambda: kernel_gan("adversarial"),
+        lambda: kernel_gan(GradientAscent),
         lambda: hinge_gan(dropout=0.5),
     ],
     ids=["hinge", "wgan", "MMDGAN, adversarial", "dropout"],
@@ -200,7 +209,7 @@ def test_in_closed_form_the_generator_follows_the_witness_at_noisy_samples():
     gradient = torch.cat([g.flatten() for g in gradient])
     torch.testing.assert_close(one.of[0][0], gradient, rtol=1e-9, atol=1e-12)
     assert (one.of[0][0] - other.of[0][0]).norm() > 0.05 * gradient.norm()
-    assert model.move_gradient is None  # put back
+    assert not model._gradient_hooks  # put back
 
 
 def test_the_certificate_predicts_nothing_while_there_is_noise():
@@ -221,7 +230,7 @@ def test_the_certificate_predicts_nothing_while_there_is_noise():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: WGAN(critic_steps=1), kernel_gan, lambda: kernel_gan("adversarial")]
+    "make", [lambda: WGAN(critic_steps=1), kernel_gan, lambda: kernel_gan(GradientAscent)]
 )
 def test_it_stops_at_the_schedules_end(make):
     """With no noise left, a GAN trains as one without the callback."""
@@ -269,13 +278,15 @@ def test_a_run_resumed_in_the_middle_of_the_schedule_goes_on_exactly(kind, tmp_p
         torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
-def test_automatic_damping_rests_while_there_is_noise():
-    model = kernel_gan(automatic_damping=True)
-    before = copy.deepcopy(model.damping)
+def test_a_trust_region_rests_while_there_is_noise():
+    model = kernel_gan(trust_region=TrustRegion())
+    before = copy.deepcopy(model.rule.trust_region)
     fit(model, NoiseInjection(ConstantNoise(LEVEL)), steps=3)
-    assert model.damping == before  # its model of the decrease is about the clean direction
+    assert vars(model.rule.trust_region) == vars(
+        before
+    )  # its model of the decrease is about the clean direction
     fit(model, steps=3)
-    assert model.damping != before
+    assert vars(model.rule.trust_region) != vars(before)
 
 
 def test_levels_follow_generator_updates_not_batches():
@@ -385,20 +396,13 @@ def with_tuples():
         (WGAN, InstanceNoise, ("nets.G", "netD"), ValueError, r"It has nets \(ModuleDict\)"),
         (bypassing, NoiseInjection, NAMES[HingeGAN], RuntimeError, "saw no call of the critic"),
         (with_tuples, NoiseInjection, NAMES[HingeGAN], TypeError, "'netD' returns tuple"),
-        (
-            lambda: kernel_gan("adversarial", penalty_estimator="lagged"),
-            NoiseInjection,
-            NAMES[MMDGAN],
-            ValueError,
-            "penalty_estimator='lagged'",
-        ),
         (kernel_gan, InstanceNoise, NAMES[MMDGAN], ValueError, "Use NoiseInjection"),
         (
-            lambda: kernel_gan("adversarial", penalty_method="finite_difference"),
+            lambda: kernel_gan(GradientAscent, method="finite_difference"),
             InstanceNoise,
             NAMES[MMDGAN],
             ValueError,
-            "adds other noise",
+            "compares calls",
         ),
     ],
 )

@@ -28,6 +28,7 @@ from reference import (
 )
 from torch import nn
 
+from lightning_mmd.estimators import Batch, Lagged, Split
 from lightning_mmd.penalties import (
     KinkedCriticWarning,
     input_gradient_penalty,
@@ -39,6 +40,12 @@ from lightning_mmd.pushforward import DerivativeFallbackWarning
 
 EXACT = ["forward", "double_backward"]
 METHODS = [*EXACT, "finite_difference"]
+
+
+def lagged(direction):
+    estimator = Lagged()
+    estimator.observe(direction)
+    return estimator
 
 
 def announcement(note):
@@ -69,7 +76,7 @@ def test_equals_double_backward_for_every_generator(name, method, toggled):
         generator.requires_grad_(False)
     torch.manual_seed(SEED)
     with announcement(note if method == "forward" and note != UNFUSED else None):
-        result = penalised_critic(critic, generator, z, method)
+        result = penalised_critic(critic, generator, [(z,)], method, estimator=Batch())
     assert relative_error(result.penalty, penalty) < 1e-10
     assert relative_error(critic_gradient(result.penalty, critic), slopes) < 1e-10
     assert relative_error(result.direction, gradient) < 1e-10
@@ -165,7 +172,7 @@ def test_leaves_what_one_forward_pass_leaves(critic, generator, method):
     expected_values = twins[0](twins[1](z)).reshape(-1)
     random_state = torch.get_rng_state()
     torch.manual_seed(SEED)
-    result = penalised_critic(critic, generator, z, method)
+    result = penalised_critic(critic, generator, [(z,)], method, estimator=Batch())
     assert torch.equal(torch.get_rng_state(), random_state)
     (result.penalty + result.values.sum()).backward()
 
@@ -183,10 +190,11 @@ def test_leaves_what_one_forward_pass_leaves(critic, generator, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("estimator", ["batch", "split"])
+@pytest.mark.parametrize("estimator", [Batch(), Split()])
 def test_values_come_with_their_graph(method, estimator):
     critic, generator, z = pair("mlp")
-    result = penalised_critic(critic, generator, z, method, estimator=estimator)
+    groups = [(z[group],) for group in estimator.groups(len(z))]
+    result = penalised_critic(critic, generator, groups, method, estimator=estimator)
     expected = critic(generator(z).detach()).squeeze(1)
     assert relative_error(result.values, expected) < 1e-14
     got = critic_gradient(result.values.mean(), critic, retain_graph=True)
@@ -227,7 +235,7 @@ def test_split_estimator_is_unbiased(method, n):
     penalty, slopes, _ = gradient_penalty(critic, generator, latents[:3])
     values = torch.stack(
         [
-            parametric_gradient_penalty(critic, generator, z, method, estimator="split")
+            parametric_gradient_penalty(critic, generator, z, method, estimator=Split())
             for z in all_batches(latents[:3], n)
         ]
     )
@@ -241,14 +249,14 @@ def test_a_direction_gives_the_part_of_the_penalty_along_it(method):
     critic, generator, z = pair("mlp")
     penalty, _, gradient = gradient_penalty(critic, generator, z)
     v = torch.randn_like(gradient)
-    value = parametric_gradient_penalty(critic, generator, z, method, direction=v)
+    value = parametric_gradient_penalty(critic, generator, z, method, estimator=lagged(v))
     parameters = list(generator.parameters())
     slopes = torch.autograd.grad(critic(generator(z)).mean(), parameters, create_graph=True)
     expected = (v @ torch.cat([g.reshape(-1) for g in slopes])).square() / v.square().sum()
     assert relative_error(value, expected) < 1e-12
     assert relative_error(critic_gradient(value, critic), critic_gradient(expected, critic)) < 1e-12
     assert 0 < value < penalty
-    zero = parametric_gradient_penalty(critic, generator, z, method, direction=torch.zeros_like(v))
+    zero = parametric_gradient_penalty(critic, generator, z, method, estimator=lagged(0 * v))
     assert zero == 0
 
 
@@ -258,7 +266,7 @@ def test_split_estimator_over_draws():
     draws = torch.randint(6, (400, 4), generator=torch.Generator().manual_seed(1))
     values, gradients = [], []  # of shapes (draws, 1) and (draws, weights)
     for draw in draws:
-        value = parametric_gradient_penalty(critic, generator, latents[draw], estimator="split")
+        value = parametric_gradient_penalty(critic, generator, latents[draw], estimator=Split())
         values.append(value.detach()[None])
         gradients.append(critic_gradient(value, critic))
     for got, expected in (
@@ -273,12 +281,12 @@ def test_direction_of_one_s_own_gives_the_penalty_itself():
     critic, generator, z = pair("mlp")
     penalty, slopes, gradient = gradient_penalty(critic, generator, z)
     given = gradient.clone().requires_grad_()
-    result = penalised_critic(critic, generator, z, direction=given)
+    result = penalised_critic(critic, generator, [(z,)], "forward", estimator=lagged(given))
     assert torch.equal(result.direction, gradient)
     assert not result.direction.requires_grad
     assert relative_error(result.penalty, penalty) < 1e-12
     assert relative_error(critic_gradient(result.penalty, critic), slopes) < 1e-12
-    opposite = parametric_gradient_penalty(critic, generator, z, direction=-gradient)
+    opposite = parametric_gradient_penalty(critic, generator, z, estimator=lagged(-gradient))
     assert relative_error(opposite, penalty) < 1e-12
 
 
@@ -294,7 +302,7 @@ def test_processes_average_to_the_penalty_of_the_whole_batch(method):
 
     shares = torch.stack(
         [
-            parametric_gradient_penalty(critic, generator, shard, method, reduce=mean_of_processes)
+            parametric_gradient_penalty(critic, generator, shard, method, mean=mean_of_processes)
             for shard in z.chunk(2)
         ]
     )
@@ -357,9 +365,13 @@ def test_shared_layers_are_refused(requires_grad):
     ("arguments", "error", "match"),
     [
         ({"method": "reverse"}, ValueError, r"one of \['double_backward', .*, got 'reverse'"),
-        ({"estimator": "lagged"}, ValueError, "'batch' or 'split', got 'lagged'"),
-        ({"estimator": "split"}, ValueError, "even number of latents, got 5. Use an even"),
-        ({"direction": torch.ones(3)}, ValueError, r"shape \(44,\), one entry.*got \(3,\)"),
+        (
+            {"estimator": "split"},
+            TypeError,
+            r"an Estimator such as Batch\(\) or Split\(\), got 'split'",
+        ),
+        ({"estimator": Split()}, ValueError, "even number of latents, got 5. Use an even"),
+        ({"estimator": lagged(torch.ones(3))}, ValueError, r"shape \(44,\), one entry.*got \(3,\)"),
         ({"critic": lambda x: x[:, :2]}, ValueError, r"or \(5, 1\), got \(5, 2\). Flatten or pool"),
         ({"critic": lambda x: [x]}, TypeError, "must return a tensor.*got list. Wrap"),
         ({"critic": lambda x: x.sum()}, ValueError, r"one value a sample.*got \(\)"),

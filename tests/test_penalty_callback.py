@@ -21,7 +21,12 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic, ParametricGradientPenalty
+from lightning_mmd import (
+    MMDGAN,
+    Lagged,
+    LearnedKernelCritic,
+    ParametricGradientPenalty,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning_mmd.penalties.KinkedCriticWarning",
@@ -197,7 +202,7 @@ def test_two_processes_train_as_one(kind, names, tmp_path):
 
 
 def test_fresh_latents_are_a_function_of_seed_and_step_and_a_resumed_run_goes_on(tmp_path):
-    names = {**DICT, "latent_dim": 5}
+    names = {**DICT, "latents": 5}
     drawn = []
 
     class Recording(ParametricGradientPenalty):
@@ -254,7 +259,7 @@ def test_random_state_and_buffers_are_left_alone(tmp_path):
         module.discriminator.model[0]
     )
     twin = copy.deepcopy(module)
-    fit(module, ParametricGradientPenalty(0.0, **TUTORIAL, latent_dim=5), path=tmp_path)
+    fit(module, ParametricGradientPenalty(0.0, **TUTORIAL, latents=5), path=tmp_path)
     after = torch.get_rng_state()
     fit(twin, path=tmp_path)
     assert torch.equal(after, torch.get_rng_state())
@@ -375,7 +380,7 @@ class NoLatents(WGAN):
 
 
 def kernel_gan():
-    return MMDGAN(mlp(5, 16), LearnedKernelCritic(mlp(16, 4), 4), latent_dim=5)
+    return MMDGAN(mlp(5, 16), LearnedKernelCritic(mlp(16, 4), 4), latents=5)
 
 
 REFUSED = {
@@ -392,7 +397,7 @@ REFUSED = {
     "maximised": (Maximising, DICT, ValueError, "maximize=True. Minimise the negative"),
     "shared layer": (Shared, NETS, ValueError, r"share the parameters \['1.weight', '1.bias'\]"),
     "tuple": (Tuples, NETS, TypeError, "'netD' returns no tensor but tuple. Give critic_values"),
-    "tuple, probed": (Tuples, {**NETS, "latent_dim": 5}, TypeError, "no tensor but tuple"),
+    "tuple, probed": (Tuples, {**NETS, "latents": 5}, TypeError, "no tensor but tuple"),
     "three values": (Wide, NETS, ValueError, r"returns shape \(\d, 3\) for \d samples"),
     "no values": (
         Tuples,
@@ -401,16 +406,16 @@ REFUSED = {
         "gives, through critic_values, no tensor",
     ),
     "labels": (Conditional, NETS, TypeError, "called with 2 inputs.*functions that hold the other"),
-    "latents": (WGAN, {**DICT, "latent_dim": 6}, ValueError, r"does not take latents .*\(2, 6\)"),
+    "latents": (WGAN, {**DICT, "latents": 6}, ValueError, r"does not take latents .*\(2, 6\)"),
     "number of latents": (
         WGAN,
-        {**DICT, "sample_latents": lambda n: torch.zeros(3, 5)},
+        {**DICT, "latents": lambda n: torch.zeros(3, 5)},
         ValueError,
-        r"sample_latents\(2\) must return latents for 2 samples, got 3",
+        r"latents for 2 samples must have 2 rows, got shape \(3, 5\)",
     ),
     "swapped": (
         WGAN,
-        {"generator": "nets.D", "critic": "nets.G", "latent_dim": 16},
+        {"generator": "nets.D", "critic": "nets.G", "latents": 16},
         ValueError,
         "does not take samples of shape",
     ),
@@ -440,7 +445,7 @@ def test_steps_that_lightning_does_not_see_are_not_passed_over(tmp_path):
 
 
 def test_critic_steps_before_any_latents(tmp_path):
-    with pytest.raises(RuntimeError, match=r"no latents to penalise at\. Give latent_dim"):
+    with pytest.raises(RuntimeError, match=r"no latents to penalise at\. Give latents"):
         fit(NoLatents(), ParametricGradientPenalty(**DICT), path=tmp_path)
 
 
@@ -449,9 +454,9 @@ def test_critic_steps_before_any_latents(tmp_path):
     [
         ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
-        ({"estimator": "lagged"}, "'batch' or 'split', got 'lagged'"),
-        ({"latent_dim": 0}, "latent_dim = 0"),
-        ({"latent_dim": 3, "sample_latents": torch.zeros}, "not both"),
+        ({"estimator": Lagged()}, r"Batch\(\), Split\(\) or one of your own, got Lagged"),
+        ({"estimator": "batch"}, "got 'batch'"),
+        ({"latents": 0}, "positive length, got 0"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

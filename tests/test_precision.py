@@ -6,22 +6,27 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from tiny import gan
 from torch.utils.data import DataLoader
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd import Batch, ClosedForm, GradientAscent, Lagged, LearnedKernelCritic, Split
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 
 # torch.compile looks at attributes that torch itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
-MODES = ["closed_form", "adversarial"]
+RULES = [ClosedForm, GradientAscent]
 
 
-def make_model(critic_mode="closed_form", **kwargs):
+def lagged(rule):
+    return {"estimator": Lagged()} if rule is GradientAscent else {}
+
+
+def make_model(rule=ClosedForm, **kwargs):
     torch.manual_seed(0)
     critic = LearnedKernelCritic(MLPFeatures(2, 16, (16,)), 16)
-    kwargs = {"alpha": 1.0, "beta": 0.1, "critic_mode": critic_mode} | kwargs
-    return MMDGAN(MLPGenerator(2, 3, (16,)), critic, sample_latents=draw, **kwargs)
+    kwargs = {"alpha": 1.0, "beta": 0.1} | kwargs
+    return gan(MLPGenerator(2, 3, (16,)), critic, rule, latents=draw, **kwargs)
 
 
 def draw(num):
@@ -63,7 +68,7 @@ def largest_difference(one, other):
     return max(float((p - q).detach().abs().max()) for p, q in pairs)
 
 
-@pytest.mark.parametrize("critic_mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("precision", "dtype", "tolerance"),
     [
@@ -72,9 +77,9 @@ def largest_difference(one, other):
         ("bf16-true", torch.bfloat16, None),
     ],
 )
-def test_precisions_train_alike(precision, dtype, tolerance, critic_mode, tmp_path):
+def test_precisions_train_alike(precision, dtype, tolerance, rule, tmp_path):
     torch.set_default_dtype(torch.float32)
-    one, other, start = (make_model(critic_mode, penalty_estimator="lagged") for _ in range(3))
+    one, other, start = (make_model(rule, **lagged(rule)) for _ in range(3))
     train(one, tmp_path, precision="32-true")
     train(other, tmp_path, precision=precision)
     assert {p.dtype for p in other.parameters()} == {dtype}
@@ -83,14 +88,14 @@ def test_precisions_train_alike(precision, dtype, tolerance, critic_mode, tmp_pa
         assert largest_difference(one, other) < tolerance
 
 
-@pytest.mark.parametrize("estimator", ["batch", "split"])
+@pytest.mark.parametrize("estimator", [Batch(), Split()])
 def test_the_penalty_keeps_its_digits_under_bf16_mixed(estimator, tmp_path):
     """The part of the critic's gradient that alpha multiplies: float32's, to float32's rounding."""
     torch.set_default_dtype(torch.float32)
 
     def gradient(precision, alpha):
         listen = Listen()
-        model = make_model("adversarial", alpha=alpha, penalty_estimator=estimator)
+        model = make_model(GradientAscent, alpha=alpha, estimator=estimator)
         train(model, tmp_path, 1, precision=precision, callbacks=[listen])
         return listen.gradients[0]
 
@@ -125,16 +130,16 @@ def compile_in_place(model):
 
 
 @pytest.mark.parametrize(
-    ("critic_mode", "compile_part"),
+    ("rule", "compile_part"),
     [
-        ("closed_form", compile_generator),
-        ("closed_form", compile_in_place),
-        ("adversarial", compile_critic),
-        ("adversarial", compile_in_place),
+        (ClosedForm, compile_generator),
+        (ClosedForm, compile_in_place),
+        (GradientAscent, compile_critic),
+        (GradientAscent, compile_in_place),
     ],
 )
-def test_compiled_networks_train_alike(critic_mode, compile_part, tmp_path):
-    plain, compiled = make_model(critic_mode), make_model(critic_mode)
+def test_compiled_networks_train_alike(rule, compile_part, tmp_path):
+    plain, compiled = make_model(rule), make_model(rule)
     compile_part(compiled)
     train(plain, tmp_path, 2)
     trainer = train(compiled, tmp_path, 2)
@@ -148,9 +153,9 @@ def test_compiled_networks_train_alike(critic_mode, compile_part, tmp_path):
     assert largest_difference(plain, compiled) < 1e-12
 
 
-@pytest.mark.parametrize("critic_mode", MODES)
-def test_a_compiled_lightning_module_is_run_uncompiled(critic_mode, tmp_path):
-    plain, compiled = make_model(critic_mode), make_model(critic_mode)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_compiled_lightning_module_is_run_uncompiled(rule, tmp_path):
+    plain, compiled = make_model(rule), make_model(rule)
     train(plain, tmp_path, 2)
     with pytest.warns(UserWarning, match=r"Compile the networks instead"):
         train(torch.compile(compiled, backend="aot_eager"), tmp_path, 2)
@@ -165,7 +170,7 @@ def test_compilation_is_used_where_it_can_be(tmp_path):
         compiled.append(len(inputs))
         return graph.forward
 
-    model = make_model("adversarial")
+    model = make_model(GradientAscent)
     model.critic.compile(backend=backend)
     train(model, tmp_path, 1)
     assert compiled
@@ -179,10 +184,10 @@ def test_sharding_is_refused():
         model.setup("fit")
 
 
-@pytest.mark.parametrize("critic_mode", MODES)
-def test_validation_runs_under_bf16_mixed(critic_mode, tmp_path):
+@pytest.mark.parametrize("rule", RULES)
+def test_validation_runs_under_bf16_mixed(rule, tmp_path):
     torch.set_default_dtype(torch.float32)
     trainer = Trainer(accelerator="cpu", precision="bf16-mixed", logger=False)
     held_out = DataLoader(torch.randn(16, 2), batch_size=16)
-    (metrics,) = trainer.validate(make_model(critic_mode), held_out, verbose=False)
+    (metrics,) = trainer.validate(make_model(rule), held_out, verbose=False)
     assert abs(metrics["val/gap"]) > 0

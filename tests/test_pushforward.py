@@ -30,13 +30,13 @@ from reference import (
 )
 from torch import nn
 
+from lightning_mmd.parameters import trainable_parameters
+from lightning_mmd.passes import unfused_attention
 from lightning_mmd.pushforward import (
     DerivativeFallbackWarning,
     Pushforward,
     parametric_gradient,
     parametric_tangent,
-    trainable_parameters,
-    unfused_attention,
 )
 
 

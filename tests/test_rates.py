@@ -9,6 +9,7 @@ import torch
 from reference import embedding_jacobian
 from torch import Tensor, nn
 
+from lightning_mmd.embedding import MeanEmbedding
 from lightning_mmd.flows import kernel_gan_flow
 from lightning_mmd.kernels import Gaussian, InverseMultiquadric, Kernel, RationalQuadratic
 from lightning_mmd.rates import (
@@ -18,7 +19,6 @@ from lightning_mmd.rates import (
     second_moment_dynamics,
     suggest_hyperparameters,
 )
-from lightning_mmd.witness import MeanEmbedding
 
 # (bandwidth, norm_weight, critic_lr, generator_lr, real_mass, generated_mass, num_generated)
 Setting = tuple[float, float, float, float, float, float, int]
@@ -361,7 +361,7 @@ def test_largest_eigenvalue_of_a_dense_gramian() -> None:
     generator, features, z = small_model()
     jacobian = embedding_jacobian(features, generator, z)
     expected = float(torch.linalg.eigvalsh(jacobian @ jacobian.T)[-1])
-    embedding = MeanEmbedding(features, generator, z)
+    embedding = MeanEmbedding(features, z, generator)
     assert largest_gramian_eigenvalue(embedding, 200) == pytest.approx(expected, rel=1e-10)
     estimates = [largest_gramian_eigenvalue(embedding, n) for n in (1, 2, 4, 8)]
     assert estimates == sorted(estimates)
@@ -372,7 +372,7 @@ def test_largest_eigenvalue_of_a_dense_gramian() -> None:
 def test_critic_ascent_is_stable_exactly_below_the_bound(factor: float, converges: bool) -> None:
     generator, features, z = small_model()
     jacobian, alpha, beta = embedding_jacobian(features, generator, z), 3.0, 0.5
-    eigenvalue = largest_gramian_eigenvalue(MeanEmbedding(features, generator, z), 200)
+    eigenvalue = largest_gramian_eigenvalue(MeanEmbedding(features, z, generator), 200)
     critic_lr = factor * max_stable_critic_lr(alpha, beta, eigenvalue)
     w, gap = torch.zeros(5), torch.randn(5)
     matrix = alpha * jacobian @ jacobian.T + beta * torch.eye(5)
@@ -387,7 +387,7 @@ def test_nothing_limits_a_critic_without_curvature() -> None:
 
 
 def test_gramian_of_constant_features_is_zero() -> None:
-    embedding = MeanEmbedding(lambda x: 0 * x, nn.Linear(2, 3), torch.randn(4, 2))
+    embedding = MeanEmbedding(lambda x: 0 * x, torch.randn(4, 2), nn.Linear(2, 3))
     assert largest_gramian_eigenvalue(embedding) == 0.0
 
 
@@ -403,7 +403,7 @@ def test_other_wrong_arguments_are_refused() -> None:
         max_stable_critic_lr(-1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="num_iterations >= 1"):
         largest_gramian_eigenvalue(
-            MeanEmbedding(nn.Identity(), nn.Linear(1, 1), torch.ones(2, 1)), 0
+            MeanEmbedding(nn.Identity(), torch.ones(2, 1), nn.Linear(1, 1)), 0
         )
     options = {"bandwidth": 1.0, "norm_weight": 0.1, "critic_lr": 0.1, "generator_lr": 0.1}
     with pytest.raises(ValueError, match="covariance of shape"):

@@ -4,13 +4,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiny import gan
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mmd import (
-    MMDGAN,
     Gaussian,
+    GradientAscent,
     LearnedKernelCritic,
     RelativeTestLR,
     relative_similarity_test,
@@ -124,11 +125,11 @@ def test_a_resumed_run_is_exact(tmp_path):
 def test_every_rate_of_an_mmdgan_falls_and_features_are_used():
     critic = LearnedKernelCritic(MLPFeatures(2, 4, (8,)), 4)
     adam = torch.optim.Adam
-    module = MMDGAN(
+    module = gan(
         MLPGenerator(2, 3, (8,)),
         critic,
-        latent_dim=3,
-        critic_mode="adversarial",
+        latents=3,
+        rule=GradientAscent,
         critic_steps=2,
         generator_optimizer=lambda p: adam(p, lr=0.0),  # it cannot improve
         critic_optimizer=lambda p: adam(p, lr=1e-3),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mmd.cli import main
-from lightning_mmd.versions import find_versions
+from lightning_mmd.commands.versions import find_versions
 
 
 def test_versions_fit_here():

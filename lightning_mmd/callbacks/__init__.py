@@ -3,7 +3,8 @@
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.convergence import ConvergenceMonitor
 from lightning_mmd.callbacks.ema import GeneratorEMA
-from lightning_mmd.callbacks.noise import InstanceNoise, NoiseInjection
+from lightning_mmd.callbacks.instance_noise import InstanceNoise
+from lightning_mmd.callbacks.noise import NoiseInjection
 from lightning_mmd.callbacks.penalty import ParametricGradientPenalty
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
 from lightning_mmd.callbacks.relative_test import RelativeTestLR

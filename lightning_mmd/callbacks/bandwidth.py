@@ -1,6 +1,5 @@
 """A kernel width that changes while the generator trains."""
 
-import dataclasses
 import math
 from operator import attrgetter
 from typing import Any
@@ -9,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mmd.features import RandomFourierFeatures
-from lightning_mmd.kernels import Kernel, SumKernel
+from lightning_mmd.kernels import Kernel
 
 __all__ = ["BandwidthSchedule"]
 
@@ -76,8 +75,13 @@ class BandwidthSchedule(Callback):
         self._applied: float | None = None
 
     @property
-    def state_key(self) -> str:  # noqa: D102
+    def state_key(self) -> str:
         return self._generate_state_key(target=self.target)
+
+    def stretch(self, factor: int) -> None:
+        """Let the path be that of shorter steps."""
+        self.num_steps *= factor
+        self.every_n_steps *= factor
 
     def factor(self, step: int) -> float:
         """Return the factor on the bandwidth after some generator updates.
@@ -91,22 +95,21 @@ class BandwidthSchedule(Callback):
         share = min(step // self.every_n_steps * self.every_n_steps / self.num_steps, 1.0)
         return self.initial * (self.final / self.initial) ** share
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._frequencies, self._kernel, self._applied = {}, None, None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._find(pl_module)
         if isinstance(target, Kernel):
             self._kernel = target
-            if _scaled(target, 2.0) == target:
-                raise ValueError(
-                    f"BandwidthSchedule needs a kernel with a bandwidth, got {target!r}. Use a "
-                    "Gaussian, Laplace, RationalQuadratic or InverseMultiquadric, or a sum."
-                )
+            try:
+                target.scaled(2.0)
+            except TypeError as error:
+                raise ValueError(f"BandwidthSchedule: {error}") from error
         elif not self._frequencies:  # a new run, not a resumed one
             self._frequencies = {n: m.frequencies.clone() for n, m in _features(target)}
 
-    def on_train_batch_start(  # noqa: D102
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         factor = self.factor(trainer.global_step)
@@ -117,17 +120,17 @@ class BandwidthSchedule(Callback):
         if self._kernel is not None:
             path, _, name = self.target.rpartition(".")
             owner = attrgetter(path)(pl_module) if path else pl_module
-            setattr(owner, name, _scaled(self._kernel, factor))
+            setattr(owner, name, self._kernel.scaled(factor))
         elif isinstance(target, nn.Module):
             for name, module in _features(target):
                 configured = self._frequencies[name].to(module.frequencies)
                 module.frequencies.copy_(configured / factor)
         self._applied = factor
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"frequencies": {n: f.cpu() for n, f in self._frequencies.items()}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._frequencies = dict(state_dict["frequencies"])
 
     def _find(self, pl_module: LightningModule) -> nn.Module | Kernel:
@@ -153,14 +156,3 @@ class BandwidthSchedule(Callback):
 def _features(module: nn.Module) -> list[tuple[str, RandomFourierFeatures]]:
     named = module.named_modules()
     return [(name, part) for name, part in named if isinstance(part, RandomFourierFeatures)]
-
-
-def _scaled(kernel: Kernel, factor: float) -> Kernel:
-    """Return the kernel with its bandwidth, or those of its summands, times a factor."""
-    if isinstance(kernel, SumKernel):
-        parts = [_scaled(part, factor) for part in kernel.kernels]
-        return SumKernel(parts, kernel.weights)
-    fields: dict[str, Any] = vars(kernel)
-    if "bandwidth" not in fields:
-        return kernel
-    return dataclasses.replace(kernel, bandwidth=fields["bandwidth"] * factor)  # pyright: ignore

@@ -50,6 +50,9 @@ class GeneratorCadence(Callback, ABC):
         TypeError: At set-up, if the module cannot be sampled.
     """
 
+    onlooker = True
+    """Whether training is the same without the callback."""
+
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 1:
             raise ValueError(
@@ -63,28 +66,36 @@ class GeneratorCadence(Callback, ABC):
     def observe(self, trainer: Trainer, model: Samples) -> None:
         """Look at the model at generator update ``trainer.global_step``; called on every rank."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def reset(self) -> None:
+        """Forget an earlier run; called when a new one begins, not a resumed one."""
+        self.last_step = None
+
+    def stretch(self, factor: int) -> None:
+        """Let a run with steps of 1 / factor of their length be observed at the same times."""
+        self.every_n_steps *= factor
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_samples(self, pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # a new run, not a resumed one
-            self.last_step = None
+            self.reset()
         if trainer.global_step % self.every_n_steps == 0:
             self._observe_once(trainer, pl_module)
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every_n_steps == 0 or _is_last_update(trainer):
             self._observe_once(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._observe_once(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"last_step": self.last_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_step = state_dict["last_step"]
 
     def _observe_once(self, trainer: Trainer, pl_module: LightningModule) -> None:

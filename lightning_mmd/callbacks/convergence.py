@@ -20,9 +20,11 @@ from lightning_mmd.callbacks.ema import averaged_weights
 from lightning_mmd.callbacks.foreign import find_network
 from lightning_mmd.callbacks.images import training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
+from lightning_mmd.game import DivergedError
 from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
-from lightning_mmd.module import DivergedError, evaluating
+from lightning_mmd.module import MMDGAN
+from lightning_mmd.passes import evaluating
 from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
 
@@ -113,16 +115,19 @@ class ConvergenceMonitor(GeneratorCadence):
         self._direction: Tensor | None = None
         self._module: LightningModule | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         find_network(self, pl_module, "generator", self.generator)
         if self.critic is not None:
             find_network(self, pl_module, "critic", self.critic)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        super().reset()
+        self.traces, self.verdict, self._acted_at = Traces(), None, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._before = pl_module, None
-        if trainer.global_step == 0:  # a new run, not a resumed one
-            self.traces, self.verdict, self._acted_at = Traces(), None, None
         if trainer.is_global_zero:
             with keep_random_state(pl_module.device):
                 torch.manual_seed(self.seed)  # of random transforms
@@ -147,14 +152,14 @@ class ConvergenceMonitor(GeneratorCadence):
         direction = torch.randn(num, generator=seeded, dtype=torch.float64)
         self._direction = direction / direction.norm()
 
-    def on_train_batch_start(  # noqa: D102
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.is_global_zero and (trainer.global_step + 1) % self.every_n_steps == 0:
             with keep_random_state(pl_module.device), averaged_weights(trainer, pl_module):
                 self._before = self._look(trainer.global_step, require_samples(self, pl_module))
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+    def observe(self, trainer: Trainer, model: Samples) -> None:
         if trainer.is_global_zero:
             self._record(trainer, model)
         if self.act:
@@ -213,12 +218,12 @@ class ConvergenceMonitor(GeneratorCadence):
             shown = ", ".join(f"{rate:.3g}" for rate in rates)
             rank_zero_info(f"ConvergenceMonitor: collapsed; learning rates are now {shown}.")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.verdict is not None:
             rank_zero_info(f"ConvergenceMonitor: {self.verdict}")
 
-    def on_exception(  # noqa: D102
+    def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, DivergedError) and trainer.is_global_zero:
@@ -228,9 +233,13 @@ class ConvergenceMonitor(GeneratorCadence):
     def _evaluate(self, points: Tensor) -> Tensor | None:
         if self.critic is None:
             return None
-        critic = self._watched().get_submodule(self.critic)
+        module = self._watched()
+        critic, num = module.get_submodule(self.critic), len(self._real)
         with evaluating(critic):
-            return evaluate_critic(critic, points).double()
+            values = critic
+            if isinstance(module, MMDGAN):  # its critic may return embeddings
+                values = module.rule.witness(critic, (points[:num],), (points[num:],))
+            return evaluate_critic(values, points).double()
 
     def _mmd2(self, fake: Tensor) -> float:
         flat = self._real.flatten(1)
@@ -241,11 +250,11 @@ class ConvergenceMonitor(GeneratorCadence):
             raise RuntimeError("ConvergenceMonitor observes in training only. Call trainer.fit.")
         return self._module
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         traces = {name: list(values) for name, values in dataclasses.asdict(self.traces).items()}
         return {**super().state_dict(), "traces": traces, "acted_at": self._acted_at}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.traces = Traces(**{k: list(v) for k, v in state_dict["traces"].items()})
         self._acted_at = state_dict["acted_at"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_mmd.callbacks.foreign import find_network
+from lightning_mmd.internals import callbacks_of, set_callbacks
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["GeneratorEMA", "averaged_weights"]
@@ -81,6 +82,12 @@ class GeneratorEMA(Callback):
         self._version = 0
         self._swapped = False
 
+    def stretch(self, factor: int) -> None:
+        """Let the average of shorter steps reach as far back in learning rates."""
+        self.half_life *= factor
+        if self.half_life_images is not None:
+            self.half_life_images *= factor
+
     @property
     def averaged_generator(self) -> nn.Module | None:
         """The averaged generator, None before its first update."""
@@ -88,21 +95,21 @@ class GeneratorEMA(Callback):
             return None
         return self._average.module
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         generator = self._live(pl_module)
-        others = [callback for callback in trainer.callbacks if callback is not self]  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.callbacks = [self, *others]  # pyright: ignore[reportAttributeAccessIssue]
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        set_callbacks(trainer, [self, *others])
         if stage == "fit" or self._average is None:
             self._average = AveragedModel(generator, multi_avg_fn=self._lerp)
             self._clock = self._averaged_at = 0.0
         self._swapped = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average is not None:
             self._average.to(pl_module.device)
         self._version = _version(self._live(pl_module))
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         generator = self._live(pl_module)
@@ -133,16 +140,16 @@ class GeneratorEMA(Callback):
 
     # Where the average is used
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module, True)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module, False)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def on_exception(  # noqa: D102
+    def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._swap(pl_module, False)  # a checkpoint of the exception is saved after this
@@ -177,21 +184,21 @@ class GeneratorEMA(Callback):
 
     # State
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"clock": self._clock, "averaged_at": self._averaged_at}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._clock = state_dict["clock"]
         self._averaged_at = state_dict["averaged_at"]
 
-    def on_save_checkpoint(  # noqa: D102
+    def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.averaged_generator is not None and self._average is not None:
             checkpoint["averaged_generator"] = self.averaged_generator.state_dict()
             checkpoint["num_averaged"] = int(self._average.n_averaged)
 
-    def on_load_checkpoint(  # noqa: D102
+    def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._average is not None and "averaged_generator" in checkpoint:
@@ -203,7 +210,7 @@ class GeneratorEMA(Callback):
 @contextmanager
 def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Look at a module through the average of its generator, if the trainer keeps one."""
-    averages = [c for c in trainer.callbacks if isinstance(c, GeneratorEMA)]  # pyright: ignore[reportAttributeAccessIssue]
+    averages = [c for c in callbacks_of(trainer) if isinstance(c, GeneratorEMA)]
     if not averages:
         yield
         return

@@ -1,27 +1,11 @@
 """Networks of a LightningModule that we did not write: found by name, left as they were."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mmd.module import _counter_seed, mean_over_processes
-
-__all__ = [
-    "counter_seed",
-    "find_network",
-    "holds",
-    "mean_over_processes",
-    "optimizers_of",
-    "require_whole_networks",
-    "undisturbed",
-]
-
-counter_seed = _counter_seed
+__all__ = ["find_network", "holds", "optimizers_of", "require_whole_networks"]
 
 
 def find_network(callback: Callback, pl_module: LightningModule, role: str, path: str) -> nn.Module:
@@ -90,22 +74,3 @@ def require_whole_networks(callback: Callback, trainer: Trainer) -> None:
             f"{name} does not support precision={trainer.precision!r}: gradients of penalties in "
             "float16 or under its loss scale overflow. Use 'bf16-mixed' or '32-true'."
         )
-
-
-@contextmanager
-def undisturbed(
-    networks: Iterable[nn.Module], device: torch.device, *counters: int
-) -> Iterator[None]:
-    """Run networks with random numbers that counters alone determine, and leave no trace.
-
-    Buffers (batch-norm statistics, power iterations) and torch's random state are put back. The
-    buffers' version counters are not touched: a graph that is still to be walked stays valid.
-    """
-    buffers = [(b, b.clone()) for network in networks for b in network.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(counter_seed(*counters))
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.data.copy_(before)

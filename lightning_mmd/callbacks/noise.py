@@ -1,4 +1,4 @@
-"""Noise on what the critic sees: in the generator's gradient alone, or everywhere."""
+"""Noise in the gradient that moves the generator."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -7,24 +7,23 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_mmd.callbacks.foreign import (
-    counter_seed,
     find_network,
-    mean_over_processes,
     optimizers_of,
     require_whole_networks,
 )
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule
-from lightning_mmd.pushforward import refuse_shared_parameters
+from lightning_mmd.parameters import refuse_shared_parameters
+from lightning_mmd.passes import Replay, counter_seed
+from lightning_mmd.processes import mean_over_processes
 
-__all__ = ["InstanceNoise", "NoiseInjection"]
+__all__ = ["NoiseInjection", "ScheduledNoise"]
 
 
-class _Noise(Callback, ABC):
+class ScheduledNoise(Callback, ABC):
     """Noise whose level follows a schedule of generator updates."""
 
     def __init__(
@@ -135,7 +134,7 @@ class _Noise(Callback, ABC):
         self.updates = state_dict["updates"]
 
 
-class NoiseInjection(_Noise):
+class NoiseInjection(ScheduledNoise):
     r"""Evaluates the critic's gradient that moves the generator at noisy samples.
 
     .. math:: \theta \mathrel{+}= \eta\, \frac1n \sum_i J_\theta G(z_i)^T
@@ -148,9 +147,9 @@ class NoiseInjection(_Noise):
 
     How: where a module calls its critic on samples that hang on the generator's parameters, the
     gradient that comes back through the critic is replaced on its way to the generator. That costs
-    one more forward and backward pass of the critic. In closed form ``MMDGAN`` follows
-    :math:`J^T` of the witness's gradients at noisy samples; while there is noise, the certificate
-    logs no prediction and automatic damping rests.
+    one more forward and backward pass of the critic. ``MMDGAN`` follows :math:`J^T` of the
+    gradients of the rule's witness at noisy samples; while there is noise, the closed form's
+    certificate logs no prediction and its trust region rests.
 
     With ``AdaptiveNoise`` the level is the largest at which, for the very draw of the step and the
     samples of all processes,
@@ -176,7 +175,7 @@ class NoiseInjection(_Noise):
 
     Raises:
         ValueError: When fitting begins, if the attributes or the generator's optimizer are not
-            found, or ``MMDGAN`` has the lagged penalty, whose direction would be noisy.
+            found.
         TypeError: In the first step, if the critic does not return a tensor.
         RuntimeError: If the generator is updated without a gradient through the critic.
 
@@ -199,32 +198,18 @@ class NoiseInjection(_Noise):
     ) -> None:
         super().__init__(schedule, generator, critic, seed)
 
-    def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:  # noqa: D102
-        if isinstance(pl_module, MMDGAN) and pl_module.penalty_estimator == "lagged":
-            raise ValueError(
-                "penalty_estimator='lagged' takes the generator's last gradient, which "
-                "NoiseInjection makes noisy, into the critic's step. Use 'batch' or 'split'."
-            )
+    def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:
         self._call: _CriticCall | None = None
+        if isinstance(pl_module, MMDGAN):
+            return [pl_module.register_gradient_hook(self._noisy_gradient)]
         return [
             critic.register_forward_pre_hook(self._before_critic, with_kwargs=True),
             critic.register_forward_hook(self._after_critic),
         ]
 
-    def on_train_batch_start(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if isinstance(pl_module, MMDGAN):
-            noisy = self._scheduled_level() > 0
-            pl_module.move_gradient = self._noisy_gradient if noisy else None
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        super().on_fit_end(trainer, pl_module)
-        if isinstance(pl_module, MMDGAN):
-            pl_module.move_gradient = None
-
-    def _noisy_gradient(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor]) -> Tensor:
+    def _noisy_gradient(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if self._scheduled_level() == 0:
+            return None
         u = self._draw(x)
         if isinstance(self.schedule, AdaptiveNoise):
             clean = gradient_at(x)
@@ -256,7 +241,8 @@ class NoiseInjection(_Noise):
         def replace(gradient: Tensor) -> Tensor | None:
             if torch.is_grad_enabled():  # create_graph=True: a penalty of the critic's gradient
                 return None
-            return self._noisy_gradient(args[0].detach(), call.gradient_at).to(gradient.dtype)
+            noisy = self._noisy_gradient(args[0].detach(), call.gradient_at)
+            return None if noisy is None else noisy.to(gradient.dtype)
 
         x.register_hook(replace)
         return (x, *args[1:]), kwargs
@@ -291,12 +277,9 @@ class _CriticCall:
 
     def __init__(self, critic: nn.Module, args: tuple, kwargs: dict) -> None:
         device = args[0].device
-        self._critic = critic
+        self._values = {n: p.detach() for n, p in critic.named_parameters()}
         self._others, self._kwargs = args[1:], kwargs
-        self._buffers = {n: b.clone() for n, b in critic.named_buffers()}
-        self._cuda = [device] if device.type == "cuda" else []
-        self._random_state = torch.get_rng_state()
-        self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
+        self._replay = Replay(critic, device)
         self._autocast = torch.autocast(
             device.type,
             dtype=torch.get_autocast_dtype(device.type),
@@ -310,77 +293,6 @@ class _CriticCall:
     def gradient_at(self, samples: Tensor) -> Tensor:
         """Return J_f(x)^T c at other samples x, with the buffers and dropout masks of this call."""
         x = samples.detach().requires_grad_()
-        state = {n: p.detach() for n, p in self._critic.named_parameters()}
-        state |= {n: b.clone() for n, b in self._buffers.items()}
-        with torch.random.fork_rng(self._cuda), torch.enable_grad(), self._autocast:
-            torch.set_rng_state(self._random_state)
-            for device, random_state in zip(self._cuda, self._cuda_states, strict=True):
-                torch.cuda.set_rng_state(random_state, device)
-            output = functional_call(self._critic, state, (x, *self._others), self._kwargs)
+        with torch.enable_grad(), self._autocast:
+            output = self._replay(x, *self._others, replacements=self._values, **self._kwargs)
             return torch.autograd.grad(output, x, self._cotangent)[0]
-
-
-class InstanceNoise(_Noise):
-    r"""Lets the critic see nothing but noisy samples: :math:`f(x + \beta_t u)` for f(x).
-
-    A method other than :class:`NoiseInjection`: real and generated samples get noise at every call
-    of the critic in training, penalties included, so that the two distributions overlap and the
-    game is played between smoothed ones. Levels, draws, state and log are as there.
-
-    Args:
-        schedule: Level beta_t by generator updates.
-        generator: Attribute of the LightningModule that holds the generator, maybe dotted.
-        critic: Likewise, the critic.
-        seed: Of the noise.
-
-    Raises:
-        TypeError: If the schedule is adaptive, which has no meaning here.
-        ValueError: When fitting begins, if the attributes or the generator's optimizer are not
-            found, or ``MMDGAN`` solves for the witness in closed form or takes differences.
-        RuntimeError: If the generator is updated without a call of the critic.
-
-    Source:
-        Sonderby et al., arXiv 1610.04490; Arjovsky & Bottou, arXiv 1701.04862.
-
-    Example:
-        >>> from lightning_mmd.noise import GeometricNoise
-        >>> callback = InstanceNoise(GeometricNoise(0.5, ratio=0.999), critic="netD")
-    """
-
-    def __init__(
-        self,
-        schedule: NoiseSchedule,
-        generator: str = "generator",
-        critic: str = "critic",
-        seed: int = 0,
-    ) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(
-                "InstanceNoise needs a level that depends on the step alone, a NoiseSchedule such "
-                f"as GeometricNoise, got {type(schedule).__name__}."
-            )
-        super().__init__(schedule, generator, critic, seed)
-
-    def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:  # noqa: D102
-        if isinstance(pl_module, MMDGAN) and pl_module.critic_mode == "closed_form":
-            raise ValueError(
-                "InstanceNoise changes the critic's calls, but critic_mode='closed_form' solves "
-                "for a witness of clean samples. Use NoiseInjection, or "
-                "critic_mode='adversarial'."
-            )
-        if isinstance(pl_module, MMDGAN) and pl_module.penalty_method == "finite_difference":
-            raise ValueError(
-                "penalty_method='finite_difference' compares calls of the critic, to each of which "
-                "InstanceNoise adds other noise. Use 'forward'."
-            )
-        return [critic.register_forward_pre_hook(self._before_critic, with_kwargs=True)]
-
-    def _before_critic(
-        self, critic: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
-        if not (self._in_batch and args and isinstance(args[0], Tensor)):
-            return None
-        self._level = self._scheduled_level()
-        if self._level == 0:
-            return None
-        return (args[0] + self._level * self._draw(args[0]), *args[1:]), kwargs

@@ -1,8 +1,10 @@
 """The parametric-gradient penalty for a GAN that we did not write."""
 
+import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,19 +15,17 @@ from torch.optim import Optimizer
 from lightning_mmd.callbacks.foreign import (
     find_network,
     holds,
-    mean_over_processes,
     optimizers_of,
     require_whole_networks,
-    undisturbed,
 )
+from lightning_mmd.estimators import Batch, Estimator, Lagged
+from lightning_mmd.latents import Latents
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.parameters import refuse_shared_parameters, trainable_parameters
+from lightning_mmd.passes import full_precision, undisturbed
 from lightning_mmd.penalties import penalised_critic, warn_of_kinks
-from lightning_mmd.pushforward import (
-    check_samples,
-    full_precision,
-    refuse_shared_parameters,
-    trainable_parameters,
-)
+from lightning_mmd.processes import mean_over_processes
+from lightning_mmd.pushforward import check_samples
 
 __all__ = ["ParametricGradientPenalty"]
 
@@ -45,8 +45,8 @@ class ParametricGradientPenalty(Callback):
 
     The latents are those with which the module last called its generator in training; with
     ``accumulate_grad_batches``, the last ones of every micro-batch together, so that the penalty is
-    that of the whole batch. With ``latent_dim`` or ``sample_latents`` they are drawn afresh, a
-    function of (seed, rank, critic step).
+    that of the whole batch. With ``latents`` they are drawn afresh, a function of (seed, rank,
+    critic step).
 
     f is what the critic module returns: values (n,) or (n, 1), or maps (n, 1, h, w), which are
     averaged over their places. For a critic that ends in a sigmoid give
@@ -60,11 +60,11 @@ class ParametricGradientPenalty(Callback):
         generator: Attribute of the LightningModule that holds the generator; dots lead further
             down (``"gan.netG"``).
         critic: Likewise, the critic.
-        latent_dim: Length of fresh standard normal latents (n, latent_dim), n the batch size.
-        sample_latents: Callable from a number n to latents for n samples, drawn from torch's global
-            random state (it is seeded for each call).
+        latents: Length of fresh standard normal latents, or a callable from a number n to latents
+            for n samples, drawn from torch's global random state (it is seeded for each call).
+            Default: those that the module uses itself.
         critic_values: Callable from what the critic returns to values (n,) or (n, 1).
-        estimator: ``batch`` or ``split``, see ``parametric_gradient_penalty``.
+        estimator: ``Batch()`` (default), ``Split()`` or one of your own.
         interval: The penalty is added at every ``interval``-th critic step, with ``interval`` times
             its weight, >= 1.
         seed: Of fresh latents and of dropout within the penalty.
@@ -90,10 +90,9 @@ class ParametricGradientPenalty(Callback):
         alpha: float = 1.0,
         generator: str = "generator",
         critic: str = "critic",
-        latent_dim: int | None = None,
-        sample_latents: Callable[[int], Tensor] | None = None,
+        latents: int | Latents | Callable[[int], Any] | None = None,
         critic_values: Callable[[Any], Tensor] | None = None,
-        estimator: Literal["batch", "split"] = "batch",
+        estimator: Estimator | None = None,
         interval: int = 1,
         seed: int = 0,
     ) -> None:
@@ -101,20 +100,19 @@ class ParametricGradientPenalty(Callback):
             raise ValueError(f"alpha must be a finite number >= 0, got {alpha}.")
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}.")
-        if estimator not in ("batch", "split"):
-            raise ValueError(f"estimator must be 'batch' or 'split', got {estimator!r}.")
-        if latent_dim is not None and (latent_dim < 1 or sample_latents is not None):
+        estimator = Batch() if estimator is None else copy.deepcopy(estimator)
+        if not isinstance(estimator, Estimator) or isinstance(estimator, Lagged):
             raise ValueError(
-                "give latent_dim >= 1 or sample_latents, not both, or neither to penalise at the "
-                f"latents that the module uses itself; got latent_dim = {latent_dim}."
+                "estimator must be Batch(), Split() or one of your own, got "
+                f"{estimator!r}. (Lagged needs the generator's mean gradients, which only MMDGAN "
+                "hands on.)"
             )
         self.alpha = alpha
         self.generator = generator
         self.critic = critic
-        self.latent_dim = latent_dim
-        self.sample_latents = sample_latents
+        self.latents = None if latents is None else Latents.of(latents)
         self.critic_values = critic_values
-        self.estimator: Literal["batch", "split"] = estimator
+        self.estimator = estimator
         self.interval = interval
         self.seed = seed
         self.critic_step = 0
@@ -122,12 +120,12 @@ class ParametricGradientPenalty(Callback):
         self._latents: dict[int, Tensor | int] = {}  # by batch, since the critic's last step
 
     @property
-    def state_key(self) -> str:  # noqa: D102
+    def state_key(self) -> str:
         return self._generate_state_key(generator=self.generator, critic=self.critic)
 
     # What is there
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, MMDGAN):
             raise ValueError(
                 "MMDGAN has the parametric-gradient penalty itself: set its alpha, and remove "
@@ -203,10 +201,10 @@ class ParametricGradientPenalty(Callback):
             except Exception as error:
                 raise ValueError(
                     f"the generator {self.generator!r} ({type(generator).__name__}) does not take "
-                    f"latents of shape {tuple(z.shape)}: {str(error).rstrip('.')}. Set latent_dim "
-                    "to what it takes, or give sample_latents, or neither."
+                    f"latents of shape {tuple(z.shape)}: {str(error).rstrip('.')}. Set latents "
+                    "to what it takes, or leave it out."
                 ) from error
-            check_samples(generator, x, z)
+            check_samples(generator, x, len(z))
             try:
                 output = critic(x)
             except Exception as error:
@@ -236,9 +234,9 @@ class ParametricGradientPenalty(Callback):
 
     @property
     def _draws(self) -> bool:
-        return self.latent_dim is not None or self.sample_latents is not None
+        return self.latents is not None
 
-    def on_train_batch_start(  # noqa: D102
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_idx = batch_idx
@@ -246,7 +244,7 @@ class ParametricGradientPenalty(Callback):
         if self._draws:
             self._note(extract_batch_size(batch))
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch_idx = None
@@ -266,22 +264,14 @@ class ParametricGradientPenalty(Callback):
 
     def _draw(self, num: int, device: torch.device) -> Tensor:
         dtype = next(iter(self._generator_parameters.values())).dtype
-        if self.sample_latents is None:
-            return torch.randn(num, self.latent_dim or 0, dtype=dtype).to(device)
-        latents = self.sample_latents(num)
-        if len(latents) != num:
-            raise ValueError(
-                f"sample_latents({num}) must return latents for {num} samples, got {len(latents)}. "
-                "Let it use its argument."
-            )
-        return latents.to(device)
+        return (self.latents or Latents(1))(num, dtype, device)[0]
 
     def _gather_latents(self, device: torch.device) -> Tensor:
         if not self._latents:
             raise RuntimeError(
                 f"the critic {self.critic!r} steps, but the generator {self.generator!r} has not "
                 "been called in training mode yet, so there are no latents to penalise at. Give "
-                "latent_dim or sample_latents."
+                "latents."
             )
         seen = self._latents.values()
         z = torch.cat([z if isinstance(z, Tensor) else self._draw(z, device) for z in seen])
@@ -290,7 +280,7 @@ class ParametricGradientPenalty(Callback):
 
     # The penalty
 
-    def on_before_optimizer_step(  # noqa: D102
+    def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         if optimizer is self._optimizer:
@@ -325,13 +315,15 @@ class ParametricGradientPenalty(Callback):
         device = parameters[0].device
         counters = (self.seed, trainer.global_rank, self.critic_step)
         with undisturbed(self._networks, device, *counters), torch.enable_grad():
+            z = self._gather_latents(device)
             penalty = penalised_critic(
                 lambda x: self._read(critic(x), len(x)),
                 generator,
-                self._gather_latents(device),
+                [(z[group],) for group in self.estimator.groups(len(z))],
+                "forward",
                 estimator=self.estimator,
                 parameters=self._generator_parameters,
-                reduce=lambda v: mean_over_processes(trainer, v),
+                mean=functools.partial(mean_over_processes, trainer),
             ).penalty
             with full_precision(device):
                 gradients = torch.autograd.grad(
@@ -369,22 +361,22 @@ class ParametricGradientPenalty(Callback):
 
     # The end
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if vars(pl_module).get("clip_gradients") == self._clip_gradients:
             del pl_module.clip_gradients
 
-    def on_exception(  # noqa: D102
+    def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.on_fit_end(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"critic_step": self.critic_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.critic_step = state_dict["critic_step"]
 
 

@@ -17,7 +17,7 @@ class GeneratorProgressBar(TQDMProgressBar):
     handful of updates. Without ``max_steps`` this one counts updates and shows no total.
     """
 
-    def init_train_tqdm(self) -> Tqdm:  # noqa: D102
+    def init_train_tqdm(self) -> Tqdm:
         max_steps = self.trainer.max_steps
         return Tqdm(
             desc=self.train_description,
@@ -35,7 +35,7 @@ class GeneratorProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Let the bar go on: it counts updates, not batches of an epoch."""
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._show(trainer, pl_module)
@@ -43,7 +43,7 @@ class GeneratorProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the bar go on."""
 
-    def on_train_end(self, *_: Any) -> None:  # noqa: D102
+    def on_train_end(self, *_: Any) -> None:
         self._show(self.trainer, self.trainer.lightning_module)
         self.train_progress_bar.refresh()
         super().on_train_end()

@@ -66,6 +66,8 @@ class RelativeTestLR(GeneratorCadence):
         >>> schedule = RelativeTestLR(RationalQuadratic(1.0, bandwidth=8.0), every_n_steps=100)
     """
 
+    onlooker = False
+
     def __init__(
         self,
         kernel: Kernel,
@@ -107,9 +109,17 @@ class RelativeTestLR(GeneratorCadence):
         self._past: list[Tensor] = []
         self._real: Tensor | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if trainer.global_step == 0:  # a new run, not a resumed one
-            self.history, self._past, self._failures = [], [], 0
+    def stretch(self, factor: int) -> None:
+        """Let shorter steps be tested at the same times, and rates fall equally far."""
+        super().stretch(factor)
+        self.min_lr /= factor
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        super().reset()
+        self.history, self._past, self._failures = [], [], 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             with keep_random_state(pl_module.device):
                 torch.manual_seed(self.seed)  # of random transforms
@@ -118,7 +128,7 @@ class RelativeTestLR(GeneratorCadence):
                 self._real = torch.cat([self._embed(batch) for batch in batches])
         super().on_train_start(trainer, pl_module)
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+    def observe(self, trainer: Trainer, model: Samples) -> None:
         lowers = self._no_longer_improves(trainer, model) if trainer.is_global_zero else False
         if trainer.strategy.broadcast(lowers):
             rates = scale_learning_rates(trainer, self.factor, self.min_lr)
@@ -164,13 +174,13 @@ class RelativeTestLR(GeneratorCadence):
     def _embed(self, images: Tensor) -> Tensor:
         return images if self.features is None else self.features.to(images.device)(images)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         history = [dict(entry) for entry in self.history]
         past = [samples.cpu() for samples in self._past]
         state = {"history": history, "past": past, "failures": self._failures}
         return {**super().state_dict(), **state}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.history = [dict(entry) for entry in state_dict["history"]]
         self._past = list(state_dict["past"])

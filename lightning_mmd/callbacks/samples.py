@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_mmd.callbacks.cadence import GeneratorCadence, Samples
 from lightning_mmd.data import import_torchvision
+from lightning_mmd.internals import is_fast_dev_run
 
 __all__ = ["SampleGrid"]
 
@@ -81,10 +82,10 @@ class SampleGrid(GeneratorCadence):
         self.last_path: Path | None = None
 
     @property
-    def state_key(self) -> str:  # noqa: D102
+    def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         try:
             import_torchvision()
@@ -95,12 +96,12 @@ class SampleGrid(GeneratorCadence):
                 "torchvision), or remove the callback."
             ) from error
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+    def observe(self, trainer: Trainer, model: Samples) -> None:
         if not trainer.is_global_zero:
             return
         latents = model.fixed_latents(self.num_samples, self.seed)
         picture = self.draw(model.sample(self.num_samples, latents=latents))
-        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if is_fast_dev_run(trainer):
             return
         directory = _run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
         self.last_path = Path(directory) / f"step={trainer.global_step:06d}.png"

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_mmd.callbacks.cadence import (
     GeneratorCadence,
@@ -19,6 +18,7 @@ from lightning_mmd.callbacks.cadence import (
     keep_random_state,
     require_samples,
 )
+from lightning_mmd.callbacks.images import dataset_of, read_samples
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
 
@@ -119,26 +119,29 @@ class MMDTracker(GeneratorCadence):
         return self.history[-1]["mmd2"] if self.history else None
 
     @property
-    def state_key(self) -> str:  # noqa: D102
+    def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         history = [dict(entry) for entry in self.history]
         return {**super().state_dict(), "history": history, "floor": self.floor}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.history = [dict(entry) for entry in state_dict["history"]]
         self.floor = state_dict["floor"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if trainer.global_step == 0:  # a new run, not a resumed one
-            self.history = []
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        super().reset()
+        self.history = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with keep_random_state(pl_module.device):
             self._prepare(trainer, require_samples(self, pl_module))
         super().on_train_start(trainer, pl_module)
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:  # noqa: D102
+    def observe(self, trainer: Trainer, model: Samples) -> None:
         begin = time.perf_counter()
         value = self._measure(trainer, model)
         seconds = time.perf_counter() - begin
@@ -153,11 +156,11 @@ class MMDTracker(GeneratorCadence):
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in scalars.items()})
         trainer.progress_bar_metrics[f"val/{self.name}"] = value
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._evaluate(trainer, pl_module, trainer.val_dataloaders, f"val/{self.name}")
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, pl_module, trainer.test_dataloaders, f"test/{self.name}")
 
     def _evaluate(
@@ -195,12 +198,8 @@ class MMDTracker(GeneratorCadence):
     def _draw(self, trainer: Trainer, model: Samples, loaders: Any, num: int) -> tuple[int, Tensor]:
         """Return how many images are drawn from a loader's dataset, and this rank's share."""
         loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-        if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized)):
-            raise TypeError(
-                "MMDTracker reads images by index from the dataset of a DataLoader, got "
-                f"{loader!r}. Put the images to compare with into a map-style dataset."
-            )
-        available = len(loader.dataset)
+        dataset = dataset_of(self, loader)
+        available = len(dataset)
         smallest = min(available, num, self.num_fake)
         if smallest < max(2, trainer.world_size):
             raise ValueError(
@@ -213,13 +212,7 @@ class MMDTracker(GeneratorCadence):
         order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
         share = order[:num].tensor_split(trainer.world_size)[trainer.global_rank]
         torch.manual_seed(self.seed)  # of random transforms; put back by `keep_random_state`
-        images = torch.stack([_image(loader.dataset[i]) for i in share.tolist()])
-        if not images.isfinite().all():
-            raise ValueError(
-                "MMDTracker needs finite images, got NaN or infinity in the dataset "
-                f"{type(loader.dataset).__name__}. Clean the data, or its transform."
-            )
-        return num, images.to(model.device)
+        return num, read_samples(self, dataset, share).to(model.device)
 
     def _hold_out(self, images: Tensor) -> None:
         """Make some images the real side."""
@@ -262,14 +255,3 @@ class MMDTracker(GeneratorCadence):
                 logger.experiment.add_text(f"val/{self.name}", f"| | |\n|---|---|\n{rows}", 0)
             else:
                 logger.log_hyperparams({f"val/{self.name}": measured})
-
-
-def _image(item: Any) -> Tensor:
-    """Return the image of a dataset's item."""
-    image = item[0] if isinstance(item, (tuple, list)) else item
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            "MMDTracker needs dataset items that are tensors, or tuples that begin with one, got "
-            f"{type(image).__name__}. Add a transform to tensors in [-1, 1]."
-        )
-    return image

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import (
 from lightning_mmd import MMDGAN, LearnedKernelCritic
 from lightning_mmd.callbacks import BandwidthSchedule, ConvergenceMonitor, GeneratorEMA
 from lightning_mmd.cli import HalvingCLI, halving, main
-from lightning_mmd.ladder import climb, shorten_steps
+from lightning_mmd.commands.halving import climb, shorten_steps
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 
 CONFIG = {
@@ -40,9 +40,8 @@ CONFIG = {
         ],
     },
     "model": {
-        "latent_dim": 2,
-        "beta": 0.03,
-        "eta": 0.4,
+        "latents": 2,
+        "rule": {"class_path": "ClosedForm", "init_args": {"beta": 0.03, "eta": 0.4}},
         "generator_scheduler": {
             "class_path": "torch.optim.lr_scheduler.LinearLR",
             "init_args": {"end_factor": 0.2, "total_iters": 10},
@@ -77,9 +76,7 @@ CONFIG = {
 def schedule(factor, num_steps, scheduler, **kwargs):
     """Learning rates of generator and critic at every step, and their optimizers."""
     critic = LearnedKernelCritic(MLPFeatures(2, 4), 4)
-    model = MMDGAN(
-        MLPGenerator(2, 2), critic, latent_dim=2, generator_scheduler=scheduler, **kwargs
-    )
+    model = MMDGAN(MLPGenerator(2, 2), critic, latents=2, generator_scheduler=scheduler, **kwargs)
     shorten_steps(model, factor)
     optimizers, schedulers = model.configure_optimizers()
     rates = []
@@ -170,9 +167,9 @@ def test_steps_that_are_too_long_do_not_pass(in_a_folder_of_its_own, capsys):
     result = halving(
         [
             "--config=toy.yaml",
-            "--model.critic_mode=adversarial",
-            "--model.alpha=0",
-            "--model.beta=0",
+            "--model.rule=GradientAscent",
+            "--model.rule.alpha=0",
+            "--model.rule.beta=0",
             "--model.generator_optimizer=SGD",
             "--model.generator_optimizer.init_args.lr=0.3",
             "--model.critic_optimizer=SGD",
@@ -188,7 +185,7 @@ def test_steps_that_are_too_long_do_not_pass(in_a_folder_of_its_own, capsys):
 def test_callbacks_are_stretched_with_the_run(in_a_folder_of_its_own, monkeypatch):
     """What a callback did at the end of a run in its place: averages, widths, and a warning."""
     seen, warned = [], []
-    monkeypatch.setattr("lightning_mmd.ladder.rank_zero_warn", warned.append)
+    monkeypatch.setattr("lightning_mmd.commands.halving.rank_zero_warn", warned.append)
 
     class Strange(Callback):
         def on_train_end(self, trainer, pl_module):
@@ -215,7 +212,7 @@ def test_callbacks_are_stretched_with_the_run(in_a_folder_of_its_own, monkeypatc
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.automatic_damping=true"], "chooses them by itself"),
+        (["--model.rule.trust_region=TrustRegion"], "chooses them by itself"),
         (["--num_halvings=1"], "num_halvings >= 2"),
         (["--trainer.callbacks=null"], "add an MMDTracker"),
         (["--trainer.max_steps=-1"], "needs an end to double"),

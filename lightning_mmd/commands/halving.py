@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,30 +24,30 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_mmd.callbacks import (
-    BandwidthSchedule,
-    ConvergenceMonitor,
-    GeneratorEMA,
-    MMDTracker,
-    RelativeTestLR,
-    SampleGrid,
-)
+from lightning_mmd.callbacks import MMDTracker
 from lightning_mmd.halving import StepHalving, compare_halvings
+from lightning_mmd.internals import callbacks_of, set_callbacks
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["climb", "shorten_steps"]
 
-_ONLOOKERS = (  # callbacks that training does not depend on, or should not here
+_ONLOOKERS = (  # Lightning's callbacks that training does not depend on, or should not here
     Checkpoint,
-    ConvergenceMonitor,
     DeviceStatsMonitor,
     EarlyStopping,
     LearningRateMonitor,
-    MMDTracker,
     ModelSummary,
     ProgressBar,
-    SampleGrid,
 )
+
+
+@runtime_checkable
+class _Stretchable(Protocol):
+    """A callback that knows what shorter steps mean for it."""
+
+    def stretch(self, factor: int) -> None: ...
+
+
 _NUM_MEASUREMENTS = 20  # of a curve, where the configuration has fewer
 _LEAST_MEASUREMENTS = 6  # below these the verdict comes with a caveat
 _MEANING = {
@@ -56,7 +56,7 @@ _MEANING = {
     "learning rates, or the tolerance is too strict.",
     "no limit": "no limit: shorter steps do not bring the curves together. The run cycles, or what "
     "it reaches is an accident of its step size. Raise alpha, or, where the critic is trained by "
-    "gradient ascent, use critic_mode='closed_form'.",
+    "gradient ascent, use the rule ClosedForm.",
 }
 
 
@@ -156,7 +156,8 @@ def climb(
     of their k-th step; a run with shorter steps sees more of them, so their noise along the axis
     shrinks with the step: that is what averaging over seeds is for. Data modules with a ``seed``
     get another order of the data for each. Schedules of learning rates, `GeneratorEMA`,
-    `BandwidthSchedule` and `RelativeTestLR` are stretched with the run.
+    `BandwidthSchedule` and `RelativeTestLR` are stretched with the run, and so is every callback
+    with a method ``stretch(factor)``; those with ``onlooker = True`` are left out.
 
     Prints a table and saves it with every measurement as CSV, and with matplotlib a picture, where
     the logger of the configuration would log the run.
@@ -174,7 +175,7 @@ def climb(
 
     Raises:
         ValueError: If an argument is out of range, training has no end in steps or epochs, or there
-            is no ``MMDTracker``, or damping is automatic.
+            is no ``MMDTracker``, or the rule adapts its steps.
     """
     seeds = [user.model.seed] if seeds is None else seeds
     if num_halvings < 2 or not seeds or not tolerance > 0:
@@ -182,10 +183,11 @@ def climb(
             "halving needs num_halvings >= 2, at least one seed and tolerance > 0, got "
             f"{num_halvings}, {seeds} and {tolerance}."
         )
-    if user.model.damping is not None:
+    adapts = user.model.rule.adapts_steps
+    if adapts is not None:
         raise ValueError(
-            "halving needs steps that it can halve: automatic_damping chooses them by itself. Add "
-            "--model.automatic_damping false."
+            f"halving needs steps that it can halve: {adapts} chooses them by itself. Add "
+            f"--model.rule.{adapts} null."
         )
     table: list[_Measurement] = []
     cost = len(seeds) * (2 ** (num_halvings + 1) - 1)
@@ -206,7 +208,7 @@ def climb(
 
 def _overrides(user: LightningCLI, factor: int, seed: int) -> list[str]:
     trainer = user.config.trainer
-    if not any(isinstance(callback, MMDTracker) for callback in user.trainer.callbacks):  # pyright: ignore
+    if not any(isinstance(callback, MMDTracker) for callback in callbacks_of(user.trainer)):
         raise ValueError(
             "halving compares curves of MMD^2: add an MMDTracker to trainer.callbacks."
         )
@@ -231,17 +233,17 @@ def _overrides(user: LightningCLI, factor: int, seed: int) -> list[str]:
 
 def _train(run: LightningCLI, halvings: int, seed: int) -> list[_Measurement]:
     factor, max_steps = 2**halvings, run.trainer.max_steps
-    callbacks: list[Callback] = run.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    callbacks = callbacks_of(run.trainer)
     tracker = next(callback for callback in callbacks if isinstance(callback, MMDTracker))
     tracker.every_n_steps *= factor
     if max_steps > 0:  # enough points for a curve
         cadence = max(1, max_steps // factor // _NUM_MEASUREMENTS) * factor
         tracker.every_n_steps = min(tracker.every_n_steps, cadence)
-    kept = [callback for callback in callbacks if not isinstance(callback, _ONLOOKERS)]
+    kept = [callback for callback in callbacks if not _looks_on(callback)]
     for callback in kept:
         _stretch(callback, factor)
     clock = _Clock(tracker)
-    run.trainer.callbacks = [*kept, tracker, clock]  # pyright: ignore[reportAttributeAccessIssue]
+    set_callbacks(run.trainer, [*kept, tracker, clock])
     shorten_steps(run.model, factor)
     begin = time.perf_counter()
     run.trainer.fit(run.model, datamodule=run.datamodule)
@@ -258,25 +260,19 @@ def _train(run: LightningCLI, halvings: int, seed: int) -> list[_Measurement]:
     ]
 
 
+def _looks_on(callback: Callback) -> bool:
+    return isinstance(callback, _ONLOOKERS) or getattr(callback, "onlooker", False)
+
+
 def _stretch(callback: Callback, factor: int) -> None:
     """Let a callback do on the axis of the cumulative learning rate what it would have done."""
-    match callback:
-        case GradientAccumulationScheduler():  # Lightning's own, always there
-            pass
-        case GeneratorEMA():
-            callback.half_life *= factor
-            if callback.half_life_images is not None:
-                callback.half_life_images *= factor
-        case BandwidthSchedule():
-            callback.num_steps *= factor
-            callback.every_n_steps *= factor
-        case RelativeTestLR():
-            callback.every_n_steps *= factor
-            callback.min_lr /= factor
-        case _ if factor > 1:
-            rank_zero_warn(
-                f"halving: {type(callback).__name__} may count steps; nothing in it is rescaled."
-            )
+    if isinstance(callback, _Stretchable):
+        callback.stretch(factor)
+    elif factor > 1 and not isinstance(callback, GradientAccumulationScheduler):  # always there
+        rank_zero_warn(
+            f"halving: {type(callback).__name__} may count steps; nothing in it is rescaled. Give "
+            "it a method stretch(factor) that lengthens what it counts."
+        )
 
 
 def _curve(

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessException, start_processes
 from torch.optim import SGD
 
+from lightning_mmd.commands.versions import find_versions
 from lightning_mmd.critics import LearnedKernelCritic
-from lightning_mmd.data import SampleDataModule, TensorSamples
+from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.game import Game, Player, Processes
+from lightning_mmd.latents import as_inputs, select
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.passes import seeded
 from lightning_mmd.rates import largest_gramian_eigenvalue, max_stable_critic_lr
-from lightning_mmd.versions import find_versions
-from lightning_mmd.witness import MeanEmbedding
 
 __all__ = [
     "Parity",
@@ -39,7 +40,6 @@ _CURES = {
 }
 _NUM_STEPS = 2  # the second also penalises along the gradient that the first one left
 _WORLD_SIZE = 2
-_MOST_ITERATIONS = 3  # of conjugate gradients, which amplify rounding the longer they go on
 
 
 def examine(model: MMDGAN | None = None) -> bool:
@@ -73,8 +73,11 @@ def examine(model: MMDGAN | None = None) -> bool:
 
 
 def _explain(model: MMDGAN) -> list[str]:
-    z = model.fixed_latents(8)
-    networks = {"generator": (model.generator, z), "critic": (model.critic, model.sample(8, z))}
+    z = as_inputs(model.fixed_latents(8))
+    networks = {
+        "generator": (model.generator, z),
+        "critic": (model.critic, (model.sample(8, z), *z[1:])),
+    }
     found = [
         f"{network}.{layer} {what}. {_CURES[what]}"
         for network, (module, inputs) in networks.items()
@@ -90,8 +93,7 @@ def advise(model: MMDGAN, num_latents: int = 256) -> list[str]:
     r"""Say what the generator's parametric Gramian means for learning rates, at its weights now.
 
     Gradient ascent on the weights of f = <w, phi> is stable for rates below
-    :math:`2 / (\alpha\lambda_{max}(JJ^T) + \beta)`, alpha times ``penalty_interval`` where the
-    penalty is lazy.
+    :math:`2 / (\alpha\lambda_{max}(JJ^T) + \beta)`.
 
     Args:
         model: The user's; it is not changed.
@@ -107,18 +109,17 @@ def advise(model: MMDGAN, num_latents: int = 256) -> list[str]:
     if not isinstance(critic, LearnedKernelCritic):
         return ["advice on learning rates needs a LearnedKernelCritic"]
     critic, generator = copy.deepcopy(critic), copy.deepcopy(model.generator)
-    z = model.fixed_latents(num_latents)
-    embedding = MeanEmbedding(critic.feature_map(), generator, z)
+    embedding = MeanEmbedding(critic.feature_map, model.fixed_latents(num_latents), generator)
     eigenvalue = largest_gramian_eigenvalue(embedding)
-    alpha, weight = model.alpha * model.penalty_interval, "alpha"
-    if model.penalty_interval > 1:
-        weight = "alpha * penalty_interval"
-    bound = max_stable_critic_lr(alpha, model.beta, eigenvalue)
-    return [
-        f"largest eigenvalue of the parametric Gramian, at these weights: {eigenvalue:.3g}",
-        "gradient ascent on the critic's weights by plain SGD (critic_mode='adversarial') is "
-        f"stable below a learning rate of 2 / ({weight} * {eigenvalue:.3g} + beta) = {bound:.3g}",
-    ]
+    lines = [f"largest eigenvalue of the parametric Gramian, at these weights: {eigenvalue:.3g}"]
+    alpha, beta = (getattr(model.rule, name, None) for name in ("alpha", "beta"))
+    if alpha is not None and beta is not None:
+        bound = max_stable_critic_lr(alpha, beta, eigenvalue)
+        lines.append(
+            "gradient ascent on the critic's weights by plain SGD (the rule GradientAscent) is "
+            f"stable below a learning rate of 2 / (alpha * {eigenvalue:.3g} + beta) = {bound:.3g}"
+        )
+    return lines
 
 
 def describe_devices() -> list[str]:
@@ -150,28 +151,35 @@ class Parity(NamedTuple):
 def check_parity(model: MMDGAN, batch_size: int = 8) -> list[Parity]:
     r"""Compare gradients of two CPU processes with those of one on the concatenated batch.
 
-    Two steps of the model's own mode, penalties included, on real samples made of random numbers,
+    Two updates of the model's own rule, penalties included, on real samples made of random numbers,
     in float64, by short steps of plain SGD. Nothing else of the training takes part: optimizers,
-    schedules, clipping and damping see the gradient only after it has been averaged. At most three
-    conjugate-gradient iterations are made: more of them amplify rounding.
+    schedules and clipping see the gradient only after it has been averaged.
 
     Args:
-        model: Generator and critic in the mode to test. It is not changed.
+        model: Generator, critic and rule to test. It is not changed.
         batch_size: Samples of each process, even and at least 4.
 
     Returns:
-        The largest relative error over the steps of the gradient of each network, in closed form
-        also of the critic's solved weights. Rounding leaves about 1e-14.
+        The largest relative error over the updates of the gradient of each network, and of the
+        critic's parameters that no optimizer moves, where there are any: the weights that the
+        closed form solves for. Rounding leaves about 1e-14.
 
     Raises:
         RuntimeError: If a network cannot take the step at all.
     """
     with _one_thread_in_float64(), tempfile.TemporaryDirectory() as folder:
-        model = _plain(model, batch_size)
-        with torch.no_grad():
-            shape = model.generator(model.fixed_latents(2)).shape[1:]
-        one = _gradients(model, shape, batch_size, 1, Path(folder))
-        two = _gradients(model, shape, batch_size, _WORLD_SIZE, Path(folder))
+        model = copy.deepcopy(model).cpu().double()
+        one = _play(model, batch_size, Processes())
+        start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        try:
+            start_processes(
+                _play_beside, (model, batch_size, folder), _WORLD_SIZE, start_method=start
+            )
+        except ProcessException as error:
+            raise RuntimeError(
+                f"two processes cannot take a step that one process can: {str(error).strip()}"
+            ) from error
+        two = torch.load(Path(folder) / "vectors.pt", weights_only=True)
     errors = {
         name: max(
             float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
@@ -195,126 +203,118 @@ def _one_thread_in_float64() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _plain(model: MMDGAN, batch_size: int) -> MMDGAN:
-    """Copy a model in float64, with plain optimizers and latents that are shared out."""
-    model = copy.deepcopy(model).cpu().double()
-    model.generator_optimizer = model.critic_optimizer = _short_steps
-    model.generator_scheduler = model.critic_scheduler = None
-    model.generator_clip_norm = model.critic_clip_norm = model.damping = None
-    model.witness_iterations = min(model.witness_iterations, _MOST_ITERATIONS)
-    model.witness_overhead = None
-    model.critic_steps = 1
-    model.sample_latents = _SharedLatents(model.sample_latents, batch_size)
-    return model
+class _Gloo(Processes):
+    """The processes of torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total / self.size
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, tensor.detach().contiguous())
+        return torch.stack(parts)
 
 
-def _short_steps(parameters: Any) -> SGD:
-    return SGD(parameters, lr=1e-3)
+class _RecordingPlayer(Player):
+    """Keeps every gradient that it is to follow."""
+
+    def step(self, gradient: Tensor, scale: float = 1.0) -> Tensor:
+        self.followed = [*getattr(self, "followed", []), gradient.detach().clone()]
+        return super().step(gradient, scale)
 
 
-class _SharedLatents:
-    """Hands each process its share of the latents that one process would draw.
+def _play_beside(rank: int, model: MMDGAN, batch_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=_WORLD_SIZE
+    )
+    try:
+        vectors = _play(model, batch_size, _Gloo())
+        if rank == 0:
+            torch.save(vectors, Path(folder) / "vectors.pt")
+    finally:
+        torch.distributed.destroy_process_group()
 
-    The k-th draw is a function of k. A share consists of one part of each half of the batch, so
-    that halves of shares are shares of halves: the split estimator works on halves.
+
+def _play(model: MMDGAN, batch_size: int, processes: Processes) -> dict[str, list[Tensor]]:
+    """Play updates on a copy, and return every gradient and the parameters that none moves."""
+    model = copy.deepcopy(model)
+    rule = model.rule.plain()
+    generator, critic = (
+        _RecordingPlayer(name, network, parameters, SGD(parameters.values(), lr=1e-3))
+        if parameters
+        else _RecordingPlayer(name, network, parameters, None)
+        for name, network, parameters in (
+            ("generator", model.generator, rule.generator_parameters(model.generator)),
+            ("critic", model.critic, rule.critic_parameters(model.critic)),
+        )
+    )
+    solved = [p for n, p in model.critic.named_parameters() if n not in critic.parameters]
+    left: list[Tensor] = []
+    shares = _Shares(model, batch_size, processes)
+    for step in range(_NUM_STEPS):
+        real, draw = shares.real(step), shares.latents
+        game = Game(
+            generator,
+            critic,
+            real,
+            draw,
+            step=step,
+            micro_batches=model.micro_batches,
+            processes=processes,
+        )
+        with seeded(model.device, model.seed, processes.rank, step):
+            rule.update(game)
+        left.append(torch.cat([p.detach().reshape(-1) for p in solved]) if solved else Tensor())
+    vectors = {"generator": generator.followed}
+    if critic.parameters:
+        vectors["critic"] = critic.followed
+    if solved:
+        vectors["critic's solved weights"] = left
+    return vectors
+
+
+class _Shares:
+    """Hands each process its share of what one process would draw.
+
+    A share consists of one part of each half of the batch, so that halves of shares are shares of
+    halves: the estimator Split works on halves.
     """
 
-    def __init__(self, draw: Callable[[int], Tensor], batch_size: int) -> None:
-        self.draw = draw
-        self.batch_size = batch_size
-        self.num_draws = 0
+    def __init__(self, model: MMDGAN, batch_size: int, processes: Processes) -> None:
+        self._model = model
+        self._num = _WORLD_SIZE * batch_size
+        self._processes = processes
+        self._num_draws = 0
+        with torch.no_grad():
+            self._shape = model.generator(*as_inputs(model.fixed_latents(2))).shape[1:]
 
-    def __call__(self, num: int) -> Tensor:
-        if num < self.batch_size:  # of the check before training
-            return self._whole(num, seed=0)
-        self.num_draws += 1
-        whole = self._whole(_WORLD_SIZE * self.batch_size, seed=self.num_draws)
-        if num == len(whole):
-            return whole
-        rank = torch.distributed.get_rank()
-        return torch.cat([half.chunk(_WORLD_SIZE)[rank] for half in whole.chunk(2)])
+    def latents(self, num: int) -> tuple[Tensor, ...]:
+        """Return this process's share of the next latents."""
+        self._num_draws += 1
+        return self._share(as_inputs(self._model.fixed_latents(self._num, self._num_draws)))
 
-    def _whole(self, num: int, seed: int) -> Tensor:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            latents = self.draw(num)
-        return latents.double() if latents.is_floating_point() else latents
+    def real(self, step: int) -> tuple[Tensor, ...]:
+        """Return this process's share of random numbers in the shape of samples, and labels."""
+        rng = torch.Generator().manual_seed(step)
+        noise = torch.randn(self._num, *self._shape, generator=rng).tanh()
+        return self._share((noise, *as_inputs(self._model.fixed_latents(self._num, -1 - step))[1:]))
 
-
-class _Noise(SampleDataModule):
-    """Random numbers in the shape of samples."""
-
-    def __init__(self, sample_shape: torch.Size, num: int, batch_size: int) -> None:
-        super().__init__(batch_size, num_workers=0, seed=0)
-        self.sample_shape = tuple(sample_shape)
-        self.num = num
-
-    def load(self) -> tuple[TensorSamples, TensorSamples, TensorSamples]:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.num, *self.sample_shape, generator=generator)
-        samples = TensorSamples(noise.tanh())
-        return samples, samples, samples
+    def _share(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        size, rank = self._processes.size, self._processes.rank
+        halves = torch.arange(self._num).chunk(2)
+        return select(inputs, torch.cat([half.chunk(size)[rank] for half in halves]))
 
 
-class _Recorder(Callback):
-    """Writes every gradient that an optimizer gets, and the critic's solved weights, to a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.vectors: dict[str, list[Tensor]] = {}
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        name = "generator" if optimizer is trainer.optimizers[0] else "critic"
-        gradients = [p.grad.flatten() for p in optimizer.param_groups[0]["params"]]
-        self.vectors.setdefault(name, []).append(torch.cat(gradients))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
-        critic = pl_module.critic
-        if pl_module.critic_mode == "closed_form" and isinstance(critic, LearnedKernelCritic):
-            weights = critic.weights.detach().clone()
-            self.vectors.setdefault("critic's solved weights", []).append(weights)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            torch.save(self.vectors, self.path)
-
-
-def _gradients(
-    model: MMDGAN, shape: torch.Size, batch_size: int, world_size: int, folder: Path
-) -> dict[str, list[Tensor]]:
-    path = folder / f"{world_size}.pt"
-    start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy="auto" if world_size == 1 else f"ddp_{start}",
-        precision="64-true",
-        max_steps=_NUM_STEPS,
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        callbacks=[_Recorder(path)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    whole = batch_size * _WORLD_SIZE
-    data = _Noise(shape, whole * _NUM_STEPS, whole // world_size)
-    try:
-        trainer.fit(copy.deepcopy(model), datamodule=data)
-    except ProcessException as error:
-        raise RuntimeError(
-            f"two processes cannot take a step that one process can: {str(error).strip()}"
-        ) from error
-    return torch.load(path, weights_only=True)
-
-
-def suspicious_layers(network: nn.Module, inputs: Tensor) -> dict[str, str]:
+def suspicious_layers(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, str]:
     """Name the layers of a network whose work on a sample depends on more than the sample.
 
     Found by what they do in training mode, not by their class: a layer that moves torch's random
@@ -323,7 +323,7 @@ def suspicious_layers(network: nn.Module, inputs: Tensor) -> dict[str, str]:
 
     Args:
         network: It is not changed.
-        inputs: Two samples or more that it takes.
+        inputs: What it takes, for two samples or more.
 
     Returns:
         What is the matter, by the layer's name and class.
@@ -350,7 +350,7 @@ def suspicious_layers(network: nn.Module, inputs: Tensor) -> dict[str, str]:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after(name))
     with torch.no_grad(), torch.random.fork_rng([]):
-        network(inputs)
+        network(*inputs)
     return found
 
 

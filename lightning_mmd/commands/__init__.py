@@ -1,0 +1,1 @@
+"""What the subcommands of ``lightning-mmd`` do, one a file."""

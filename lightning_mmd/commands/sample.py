@@ -1,0 +1,75 @@
+"""Samples of a checkpoint, drawn into a picture."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from lightning_mmd.callbacks import SampleGrid
+from lightning_mmd.module import MMDGAN
+
+__all__ = ["check_checkpoint", "sample"]
+
+
+def sample(
+    ckpt_path: Path,
+    num: int = 64,
+    output: Path = Path("samples.png"),
+    num_columns: int = 8,
+    scale: int = 1,
+    value_range: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw samples from a checkpoint into one picture, with averaged weights where it has any.
+
+    Args:
+        ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote.
+        num: How many samples, >= 1; take thousands for points in the plane.
+        output: The PNG file.
+        num_columns: Images in a row.
+        scale: Enlarges every pixel to scale x scale.
+        value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
+            range of both axes, by default what holds them all.
+        seed: Of the latents.
+    """
+    check_checkpoint(ckpt_path)
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}.")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must be a .png file, got {output}.")
+    try:
+        model = MMDGAN.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+    except TypeError as error:
+        raise ValueError(
+            f"{ckpt_path} does not say how its networks are built, because they were made in "
+            "Python. Load it there: MMDGAN.load_from_checkpoint(path, generator=..., critic=...)."
+        ) from error
+    grid = SampleGrid(
+        num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
+    )
+    grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
+    weights = "" if model.averaged_generator is None else " (averaged weights)"
+    print(f"{num} samples{weights}: {output}")
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raise a clear error unless a file is a readable checkpoint of an ``MMDGAN``.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read or comes from another kind of module.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}. Give the path of a .ckpt file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is cut off, damaged or of another kind. "
+            "Take an earlier checkpoint."
+        ) from error
+    if not isinstance(checkpoint, dict) or "mmdgan" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of MMDGAN. Give one that this package wrote.")

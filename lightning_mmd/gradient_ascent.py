@@ -1,0 +1,308 @@
+"""The rule that trains the critic by gradient ascent, under both penalties."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.estimators import Estimator, Lagged, num_penalised
+from lightning_mmd.game import DivergedError, Game, Player, UpdateRule, check_weights
+from lightning_mmd.latents import select
+from lightning_mmd.objectives import Linear, Objective
+from lightning_mmd.parted import interleaved_parts
+from lightning_mmd.passes import Replay, evaluating, full_precision
+from lightning_mmd.penalties import (
+    Held,
+    Method,
+    critic_terms,
+    hold,
+    penalised_critic,
+    rkhs_norm_penalty,
+)
+from lightning_mmd.pushforward import evaluate_critic
+
+__all__ = ["GradientAscent"]
+
+Inputs = tuple[Tensor, ...]
+Terms = tuple[Tensor, ...]
+"""Means over the samples of a micro-batch."""
+
+
+@dataclass
+class GradientAscent(UpdateRule):
+    r"""Trains weights and features of the critic by gradient ascent on a penalised objective.
+
+    .. math:: \max_f \; E\,a(f(x)) + E\,b(f(G_\theta(z)))
+        - \frac\alpha2 \| E_z \nabla_\theta f(G_\theta(z)) \|^2 - \frac\beta2 \|f\|_H^2
+
+    The objective is the MMD's by default; with `Logistic`, `Hinge` or `KALE` the same two penalties
+    act on a critic as other GANs have it, and alpha = beta = 0 is a plain GAN.
+
+    Args:
+        alpha: Weight of the parametric-gradient penalty, >= 0.
+        beta: Weight of the RKHS norm, >= 0; the critic must have one where beta > 0.
+        objective: What critic and generator ascend. Default: ``Linear()``, the MMD.
+        estimator: How a batch stands for the penalty's expectation. Default: ``Lagged()``.
+        fraction: Part of the generated batch that the penalty is evaluated on, in (0, 1]. The
+            estimate's variance grows by its inverse.
+        method: ``forward``, ``double_backward`` or ``finite_difference``, see
+            `parametric_gradient_penalty`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If objective or estimator are of another kind.
+
+    Source:
+        Mroueh & Nguyen, arXiv 2011.02402.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1e-2
+    objective: Objective | None = None
+    estimator: Estimator | None = None
+    fraction: float = 1.0
+    method: Method = "forward"
+    _last_penalty: Tensor = field(
+        default_factory=lambda: torch.zeros(()), init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        check_weights(alpha=self.alpha, beta=self.beta)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}.")
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}."
+            )
+        self.objective = self._objective = self.objective or Linear()
+        self.estimator = self._estimator = self.estimator or Lagged()
+        for name, kind in (("objective", Objective), ("estimator", Estimator)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be an {kind.__name__} such as {kind.__subclasses__()[0].__name__}"
+                    f"(), got {getattr(self, name)!r}."
+                )
+
+    def check(self, generator: nn.Module, critic: nn.Module) -> None:
+        """Refuse a critic without an RKHS norm where beta > 0."""
+        super().check(generator, critic)
+        if self.beta > 0:
+            rkhs_norm_penalty(critic)
+
+    def critic_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Return an optimizer twice as fast as the generator's."""
+        return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.9))
+
+    def gap(self, critic: nn.Module, real: Inputs, fake: Inputs) -> Tensor:
+        """Return the difference of the critic's mean values."""
+        return evaluate_critic(critic, *real).mean() - evaluate_critic(critic, *fake).mean()
+
+    def update(self, game: Game) -> dict[str, Any]:
+        """Move the critic up its penalised objective, and the generator up its own."""
+        z = game.latents()
+        generator = game.generator.network
+        if game.step == 0:
+            with torch.no_grad(), full_precision(z[0].device), evaluating(generator):
+                game.check_samples(generator(*select(z, slice(0, 1))))
+        metrics = self._critic_step(game, z)
+        if game.moves_generator:
+            metrics["generator/gradient_norm"] = self._generator_step(game)
+        return metrics
+
+    def _critic_step(self, game: Game, z: Inputs) -> dict[str, Any]:
+        num, objective = game.batch_size, self._objective
+        num_first = num_penalised(self._estimator, self.fraction, num) if self.alpha else 0
+        share, strength = num_first / num, self.alpha / 2
+        penalised, plain = select(z, slice(0, num_first)), select(z, slice(num_first, None))
+        (fake_term, fake_mean, penalty), total = self._on_penalised(
+            game, penalised, (-share, 0.0, strength)
+        )
+        (plain_term, plain_mean), total = self._on_plain(game, plain, (share - 1, 0.0), total)
+        (real_term, real_mean), total = self._on_real(game, game.target(z), (-1.0, 0.0), total)
+        gap = real_mean - share * fake_mean - (1 - share) * plain_mean
+        value = real_term + share * fake_term + (1 - share) * plain_term
+        rkhs = rkhs_norm_penalty(game.critic.network) if self.beta else gap.new_zeros(())
+        loss = strength * penalty + self.beta / 2 * rkhs.detach() - value
+        gradient = game.critic.gradient(self.beta / 2 * rkhs, onto=total)
+        if game.processes.size > 1:
+            # One collective for both: then every process knows whether all values are finite.
+            both = game.processes.mean(torch.cat([gradient, loss.to(gradient)[None]]))
+            gradient, loss = both[:-1], both[-1]
+        if not loss.isfinite():
+            raise DivergedError("the critic's objective")
+        if num_first:
+            self._last_penalty = penalty
+        metrics: dict[str, Any] = critic_terms(
+            gap, self._last_penalty.to(gap.device), rkhs, alpha=self.alpha, beta=self.beta
+        )
+        if not isinstance(objective, Linear):
+            metrics["critic/objective"] = value
+        metrics["critic/gradient_norm"] = game.critic.step(gradient)
+        return metrics
+
+    def _on_penalised(
+        self, game: Game, z: Inputs, weights: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Objective, value of f and penalty on generated samples, and their weighted gradient."""
+        num = len(z[0])
+        parts = interleaved_parts(game, self._estimator.groups(num) if num else ())
+        held = self._hold(game, z, parts)
+        live = sum(len(part[-1]) for part in parts)
+
+        def evaluate(part: Sequence[Tensor]) -> Terms:
+            result = penalised_critic(
+                game.critic.network,
+                game.generator.network,
+                [select(z, index) for index in part],
+                self.method,
+                estimator=self._estimator,
+                held=held,
+                parameters=game.generator.parameters,
+                mean=game.processes.mean,
+            )
+            of_all, of_live = sum(map(len, part)) / num, len(part[-1]) / live
+            terms = self._objective.on_fake(result.values).mean(), result.values.detach().mean()
+            return (*(term * of_all for term in terms), result.penalty * of_live)
+
+        return _summed(evaluate, weights, parts, game.critic)
+
+    def _on_plain(
+        self, game: Game, z: Inputs, weights: tuple[float, ...], total: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Objective and value of f on generated samples without a penalty."""
+        num = len(z[0])
+
+        def evaluate(part: Sequence[Tensor]) -> Terms:
+            inputs = select(z, part[0])
+            with torch.no_grad():
+                fake = game.generator.network(*inputs)
+            values = evaluate_critic(game.critic.network, fake, *inputs[1:])
+            share = len(part[0]) / num
+            return self._objective.on_fake(values).mean() * share, values.detach().mean() * share
+
+        parts = interleaved_parts(game, (slice(0, num),))
+        return _summed(evaluate, weights, parts, game.critic, total)
+
+    def _on_real(
+        self, game: Game, real: Inputs, weights: tuple[float, ...], total: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Objective and value of f on real samples."""
+        num = len(real[0])
+
+        def evaluate(part: Sequence[Tensor]) -> Terms:
+            values = evaluate_critic(game.critic.network, *select(real, part[0]))
+            share = len(part[0]) / num
+            return self._objective.on_real(values).mean() * share, values.detach().mean() * share
+
+        parts = interleaved_parts(game, (slice(0, num),))
+        return _summed(evaluate, weights, parts, game.critic, total)
+
+    def _hold(self, game: Game, z: Inputs, parts: list[list[Tensor]]) -> Held | None:
+        """What the penalty holds, where a batch is evaluated in several parts."""
+        if len(parts) <= 1:
+            return None
+        return hold(
+            game.critic.network,
+            game.generator.network,
+            [[select(z, index) for index in part] for part in parts],
+            self._estimator,
+            parameters=game.generator.parameters,
+            mean=game.processes.mean,
+        )
+
+    def _generator_step(self, game: Game) -> Tensor:
+        z, critic, generator = game.latents(), game.critic.network, game.generator
+        objective, estimator = self._objective, self._estimator
+        num = game.batch_size
+        noisy: list[Tensor] = []
+
+        def on_fake(part: Sequence[Tensor]) -> Terms:
+            inputs = select(z, part[0])
+            share = len(part[0]) / num
+            fake = generator.network(*inputs)
+            replay = Replay(critic, fake.device) if game.hooks else None
+            values = evaluate_critic(critic, fake, *inputs[1:])
+            term = objective.on_generated(values).mean() * share
+            if replay is not None:
+                moved = _moved_gradient(game, fake, inputs[1:], values, term, replay)
+                noisy.extend([] if moved is None else [moved])
+            return (term,)
+
+        parts = interleaved_parts(game, (slice(0, num),))
+        terms, total = _summed(on_fake, (-1.0,), parts, generator)
+        gradient = terms.new_zeros(0) if total is None else total
+        if noisy:
+            both = torch.stack([gradient, -torch.stack(noisy).sum(0)])
+            clean, gradient = game.processes.mean(both)
+        else:
+            clean = gradient = game.processes.mean(gradient)
+        estimator.observe(-clean)
+        return generator.step(gradient)
+
+    def needs_equal_calls(self, micro_batches: int) -> str | None:
+        """Name finite differences, and a penalty that is found in two passes."""
+        if self.alpha and self.method == "finite_difference":
+            return "method='finite_difference' compares calls. Use 'forward'"
+        if self.alpha and micro_batches > 1:
+            return (
+                "the penalty of a batch in parts compares two passes. Use micro_batches=1, or "
+                "alpha=0"
+            )
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the estimator's state and the penalty that was logged last."""
+        return {"estimator": self._estimator.state_dict(), "last_penalty": self._last_penalty}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self._estimator.load_state_dict(state["estimator"])
+        self._last_penalty = state["last_penalty"]
+
+
+def _moved_gradient(
+    game: Game, fake: Tensor, labels: Inputs, values: Tensor, term: Tensor, replay: Replay
+) -> Tensor | None:
+    """Gradient of a term in the generator, with the gradients that hooks give the samples.
+
+    It is None where all hooks leave the step alone. The critic is differentiated at other samples
+    with the loss's own weights at the clean values.
+    """
+    (weights,) = torch.autograd.grad(term, values, retain_graph=True)
+
+    def gradient_at(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            at_x = evaluate_critic(replay, x, *labels)
+            return torch.autograd.grad(at_x, x, weights, materialize_grads=True)[0]
+
+    gradients = game.moved(fake, gradient_at)
+    if gradients is None:
+        return None
+    return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
+
+
+def _summed(
+    evaluate: Callable[[Sequence[Tensor]], Terms],
+    weights: tuple[float, ...],
+    parts: Sequence[Sequence[Tensor]],
+    player: Player,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum terms over micro-batches, one in memory, and add the gradient of their weighted sum.
+
+    Returns the terms and the total gradient in the player's parameters, of this process, without a
+    graph; no total where there was none and there are no parts.
+    """
+    terms = next(iter(player.parameters.values())).new_zeros(len(weights))
+    gradient = total if len(parts) == 1 else None  # parts are summed first: as the batch would be
+    for part in parts:
+        values = torch.stack(evaluate(part)).to(terms.dtype)
+        gradient = player.gradient(values @ values.new_tensor(weights), onto=gradient)
+        terms += values.detach()
+        del values  # and its graph, before the next is made
+    if len(parts) > 1 and total is not None and gradient is not None:
+        return terms, total.add_(gradient)
+    return terms, total if gradient is None else gradient

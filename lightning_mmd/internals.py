@@ -1,0 +1,114 @@
+"""Private parts of Lightning and torch that the package needs: one function and one test each.
+
+Nothing here is promised by Lightning. `tests/test_internals.py` fails where a new version changes
+what a function stands on.
+"""
+
+from typing import Any, cast
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.compile import to_uncompiled
+
+__all__ = [
+    "attached_trainer",
+    "built_by_command_line",
+    "callbacks_of",
+    "is_fast_dev_run",
+    "keep_hyperparameters",
+    "offline",
+    "set_callbacks",
+    "short_help",
+    "switch_offline",
+    "uncompile",
+    "uncounted",
+]
+
+
+def built_by_command_line() -> bool:
+    """Whether a module is being built by LightningCLI, which records arguments as class paths."""
+    return _given_hyperparameters.get() is not None
+
+
+def keep_hyperparameters(module: LightningModule, names: set[str]) -> None:
+    """Drop the recorded hyperparameters of other names, also from what loggers get."""
+    for hparams in (module.hparams, cast(dict, module._hparams_initial)):
+        for name in list(hparams):
+            if name not in names:
+                del hparams[name]
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """Return a module's trainer, None where it has none; ``module.trainer`` would raise."""
+    return cast(Trainer | None, module._trainer)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's list of callbacks, which its type does not declare."""
+    return cast(Any, trainer).callbacks
+
+
+def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Give a trainer another list of callbacks."""
+    cast(Any, trainer).callbacks = callbacks
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the trainer only tries a few batches and must write nothing."""
+    return bool(cast(Any, trainer).fast_dev_run)
+
+
+def uncompile(module: LightningModule) -> bool:
+    """Undo torch.compile of a whole LightningModule; return whether it was compiled."""
+    if module._compiler_ctx is None:
+        return False
+    to_uncompiled(module)
+    return True
+
+
+def uncounted(optimizer: LightningOptimizer) -> LightningOptimizer:
+    """Let an optimizer's steps not count in ``trainer.global_step``.
+
+    Lightning counts the steps of every optimizer of a manually optimised module. It sets the two
+    hooks anew for each batch, so this is called for each batch.
+    """
+    optimizer._on_before_step = optimizer._on_after_step = _no_op
+    return optimizer
+
+
+def offline(logger: WandbLogger) -> bool:
+    """Whether a W&B logger was asked to log offline."""
+    return bool(logger._offline)
+
+
+def switch_offline(logger: WandbLogger) -> None:
+    """Let a W&B logger that has not started yet log offline."""
+    logger._wandb_init["mode"] = "offline"
+
+
+def short_help() -> type[DefaultHelpFormatter]:
+    """Return a help formatter that refers to ``--NAME.help CLASS`` in place of long lists."""
+    if not hasattr(DefaultHelpFormatter, "_get_help_string"):  # then help is merely long
+        return DefaultHelpFormatter
+
+    class ShortHelp(DefaultHelpFormatter):
+        def _get_help_string(self, action: Any) -> str:
+            text = super()._get_help_string(action)
+            if not text:
+                return text
+            start, mark, known = text.partition(", known subclasses: ")
+            if not mark or len(known) <= _LONGEST_LIST:
+                return text
+            return f"{start}; see --{action.dest}.help CLASS)"
+
+    return ShortHelp
+
+
+_LONGEST_LIST = 1000  # characters: what is longer lists all modules of torch
+
+
+def _no_op(*_: Any) -> None:
+    pass

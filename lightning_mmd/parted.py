@@ -1,0 +1,159 @@
+"""Forward passes of a batch in parts, and embeddings that all processes share."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.game import Game, Player, Processes
+from lightning_mmd.passes import Replay, frozen_power_iterations
+
+__all__ = ["PartedPass", "SharedEmbedding", "contiguous_parts", "interleaved_parts", "pull_back"]
+
+Inputs = tuple[Tensor, ...]
+
+
+def contiguous_parts(num: int, num_parts: int) -> list[slice]:
+    """Split ``num`` samples into at most ``num_parts`` slices of about one size."""
+    num_parts = min(num, num_parts)
+    ends = [num * k // num_parts for k in range(num_parts + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def interleaved_parts(game: Game, groups: Sequence[slice]) -> list[list[Tensor]]:
+    """Split groups of samples into index sets of at most batch_size / micro_batches in all.
+
+    Args:
+        game: What is played.
+        groups: Slices of the batch that each part has its share of, see `Estimator.groups`.
+
+    Returns:
+        For each part, the indices of its share of each group; no part where there are no samples.
+    """
+    sizes = [group.stop - group.start for group in groups]
+    if not sum(sizes):
+        return []
+    num_parts = math.ceil(sum(sizes) / math.ceil(game.batch_size / game.micro_batches))
+    num_parts = min(num_parts, *sizes) if len(sizes) > 1 else num_parts
+    device = game.images.device
+    indices = [torch.arange(group.start, group.stop, device=device) for group in groups]
+    return [[index[j::num_parts] for index in indices] for j in range(num_parts)]
+
+
+class PartedPass:
+    """A network's pass over a batch: kept with its graph, or in parts that are repeated.
+
+    Each part is evaluated first without a graph. :meth:`part` evaluates it anew, from the buffers
+    and the random state that it had first, so that one graph is in memory at a time. Power
+    iterations of spectral norms move once a batch. With one part the graph is simply kept.
+
+    Args:
+        network: The network.
+        inputs: Function of a part's number, and of whether a graph is wanted, to its inputs.
+        parts: Slices of the batch, see :func:`contiguous_parts`.
+        keep: With one part: whether its graph is kept.
+
+    Attributes:
+        parts: The slices.
+        records: Buffers and random state that each part began with.
+        whole: The output for the batch, without a graph.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Callable[[int, bool], Inputs],
+        parts: Sequence[slice],
+        keep: bool = True,
+    ) -> None:
+        self._network, self._inputs = network, inputs
+        self.parts = parts
+        self.records: list[Replay] = []
+        self._kept: Tensor | None = None
+        with_graph = keep and len(parts) == 1
+        outputs = []
+        for k in range(len(parts)):
+            x = inputs(k, with_graph)
+            self.records.append(Replay(network, x[0].device))
+            with self._held(k), torch.set_grad_enabled(with_graph):
+                outputs.append(network(*x))
+        if len(parts) == 1:
+            self._kept = outputs[0]
+        self.whole = torch.cat([output.detach() for output in outputs])
+
+    def _held(self, k: int) -> AbstractContextManager[None]:
+        return nullcontext() if k == 0 else frozen_power_iterations(self._network)
+
+    def part(self, k: int) -> Tensor:
+        """Return the output of a part, with its graph."""
+        if self._kept is not None:
+            return self._kept
+        with self._held(k), torch.enable_grad():
+            return self.records[k](*self._inputs(k, True))
+
+    def again(self, k: int, *inputs: Tensor) -> Tensor:
+        """Return the output at other inputs, as a part's pass would have made it."""
+        with self._held(k):
+            return self.records[k](*inputs)
+
+
+class SharedEmbedding:
+    """Embeddings of a batch that is shared out over processes, as leaves of one Gram matrix.
+
+    Args:
+        embedding: The pass of the critic over this process's share.
+        processes: The processes.
+
+    Attributes:
+        everyone: Embeddings of all processes, of shape (W n, d), in the order of ranks: a leaf that
+            requires a gradient, in float32 at least.
+
+    Raises:
+        ValueError: If the embeddings are not of shape (n, d).
+    """
+
+    def __init__(self, embedding: PartedPass, processes: Processes) -> None:
+        self.embedding, self._processes = embedding, processes
+        own = embedding.whole
+        if own.ndim != 2:
+            raise ValueError(
+                "DeepKernel needs a critic from samples to embeddings of shape (n, d), got shape "
+                f"{tuple(own.shape)}. Use EmbeddingCritic(features, num_features), or flatten its "
+                "output."
+            )
+        own = own.float() if own.dtype in (torch.bfloat16, torch.float16) else own
+        self._offset = processes.rank * len(own)
+        self.everyone = processes.gather(own).flatten(0, 1).requires_grad_()
+
+    def rows(self, k: int) -> slice:
+        """Return where a part of this process's share stands among all rows."""
+        part = self.embedding.parts[k]
+        return slice(self._offset + part.start, self._offset + part.stop)
+
+
+def pull_back(
+    player: Player, terms: Sequence[tuple[SharedEmbedding, Tensor]], processes: Processes
+) -> Tensor:
+    """Return the gradient in a player's parameters of a loss of shared embeddings.
+
+    Args:
+        player: Whose gradient.
+        terms: Embeddings of equally many parts, each with the gradient of the loss in ``everyone``,
+            the same on all processes.
+        processes: The processes.
+
+    Returns:
+        Vector of shape (P,), of this process, whose mean over processes is the whole gradient.
+    """
+    total = terms[0][1].new_zeros(())
+    for k in range(len(terms[0][0].embedding.parts)):
+        loss = total.new_zeros(())
+        for shared, cotangent in terms:
+            c = cotangent[shared.rows(k)]
+            loss = loss + (shared.embedding.part(k).to(c.dtype) * c).sum()
+        total = total + player.gradient(loss)
+        del loss  # and its graph, before the next is made
+    return processes.size * total

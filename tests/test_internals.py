@@ -1,0 +1,108 @@
+"""Guards: each private part of Lightning and jsonargparse does what the package stands on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.compile import from_compiled
+from tiny import quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_mmd import internals
+from lightning_mmd.cli import main
+
+
+class Two(LightningModule):
+    """Steps two optimizers a batch; the second does not count where ``hide`` is set."""
+
+    def __init__(self, hide=True):
+        super().__init__()
+        self.save_hyperparameters()
+        self.built = internals.built_by_command_line()
+        self.automatic_optimization = False
+        self.one, self.other = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.hide = hide
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        if self.hide:
+            assert internals.uncounted(second) is second
+        for optimizer in (first, second):
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.one, self.other)]
+
+
+@pytest.mark.parametrize("hide", [True, False])
+def test_steps_of_an_optimizer_can_be_left_uncounted(hide, tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=6)
+    trainer.fit(Two(hide), DataLoader(torch.zeros(64, 1), batch_size=1))
+    assert trainer.global_step == 6
+    assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == (6 if hide else 3)
+
+
+def test_a_module_knows_its_trainer(tmp_path):
+    module = Two()
+    assert internals.attached_trainer(module) is None
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, DataLoader(torch.zeros(4, 1)))
+    assert isinstance(internals.attached_trainer(module), Trainer)
+
+
+def test_hyperparameters_can_be_forgotten():
+    module = Two()
+    assert dict(module.hparams) == {"hide": True}
+    internals.keep_hyperparameters(module, set())
+    assert dict(module.hparams) == dict(module.hparams_initial) == {}
+
+
+def test_who_builds_a_module_is_known(monkeypatch):
+    assert not Two().built
+    cli = LightningCLI(
+        Two,
+        run=False,
+        args=["--model.hide=false", "--seed_everything=0"],
+        save_config_callback=None,
+        trainer_defaults={"logger": False, "enable_checkpointing": False},
+    )
+    assert cli.model.built
+
+
+def test_torch_compile_of_a_module_is_undone():
+    module = Two()
+    assert not internals.uncompile(module)
+    from_compiled(torch.compile(module, backend="eager"))
+    assert internals.uncompile(module)
+    assert not internals.uncompile(module)
+
+
+def test_a_logger_is_switched_offline(tmp_path):
+    """In a process of its own: W&B keeps settings for the rest of one."""
+    script = """
+from lightning.pytorch.loggers import WandbLogger
+from lightning_mmd import internals
+logger = WandbLogger(save_dir=".", offline=False)
+assert not internals.offline(logger)
+internals.switch_offline(logger)
+run = logger.experiment
+assert run.offline, run
+run.finish()
+assert internals.offline(WandbLogger(save_dir=".", offline=True))
+"""
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("WANDB")}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+
+
+def test_help_refers_to_long_lists(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert "see --model.generator.help CLASS" in " ".join(text.split())
+    assert "torch.nn.Linear" not in text
+    assert len(text.splitlines()) < 700

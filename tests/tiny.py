@@ -1,0 +1,44 @@
+"""Small models and quiet trainers, made in one place."""
+
+from dataclasses import fields
+
+from lightning.pytorch import Trainer
+
+from lightning_mmd import MMDGAN, Batch, ClosedForm, GradientAscent
+
+
+def gan(generator, critic, rule=ClosedForm, kind=MMDGAN, **kwargs):
+    """Make a model; arguments of the rule and of the module may be mixed.
+
+    ``rule`` is a class. The estimator of `GradientAscent` is the plain one here unless it is given:
+    most tests compare with the penalty of one batch.
+    """
+    if rule is GradientAscent:
+        kwargs.setdefault("estimator", Batch())
+    names = {field.name for field in fields(rule) if field.init}
+    arguments = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    return kind(generator, critic, rule(**arguments), **kwargs)
+
+
+def closed_form(generator, critic, **kwargs):
+    """Make a model with the rule `ClosedForm`."""
+    return gan(generator, critic, ClosedForm, **kwargs)
+
+
+def ascent(generator, critic, **kwargs):
+    """Make a model with the rule `GradientAscent`."""
+    return gan(generator, critic, GradientAscent, **kwargs)
+
+
+def quiet_trainer(path, **kwargs):
+    """Make a trainer on the CPU that writes and shows nothing unless it is asked to."""
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": path,
+    }
+    return Trainer(**(defaults | kwargs))
