@@ -38,8 +38,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reporting import save_table
 
 RULES: dict[str, UpdateRule] = {
-    "adversarial, no penalty": GradientAscent(alpha=0.0),
-    "adversarial, forward": GradientAscent(alpha=1.0, estimator=Batch()),
+    "adversarial, no penalty": GradientAscent(alpha=0.0, share_samples=False),
+    "adversarial, forward": GradientAscent(alpha=1.0, estimator=Batch(), share_samples=False),
     "closed form, 3 CG iterations": ClosedForm(alpha=1.0),
 }
 

@@ -67,7 +67,7 @@ class Case:
 
 
 def _penalised(**options: Any) -> GradientAscent:
-    return GradientAscent(**({"beta": 0.0, "estimator": Batch()} | options))
+    return GradientAscent(**({"beta": 0.0, "estimator": Batch(), "share_samples": False} | options))
 
 
 CASES = [

@@ -63,7 +63,9 @@ def make_model(task: str, seed: int, **arguments: Any) -> MMDGAN:
     else:
         generator = ConvGenerator((1, 8, 8), LATENT_DIM, (32, 16))
         critic = LearnedKernelCritic(ConvFeatures((1, 8, 8), 256, (16, 32)), 256)
-    rule = GradientAscent(**({"alpha": 1.0, "beta": 0.01, "estimator": Batch()} | arguments))
+    rule = GradientAscent(
+        **({"alpha": 1.0, "beta": 0.01, "estimator": Batch(), "share_samples": False} | arguments)
+    )
     return MMDGAN(
         generator,
         critic,

@@ -66,7 +66,7 @@ def fixed_kernel(
     model = MMDGAN(
         MLPGenerator(2, 2, (32, 32)),
         LearnedKernelCritic(nn.Identity(), 2, features),
-        GradientAscent(alpha=alpha, beta=0.01 * alpha, estimator=Batch()),
+        GradientAscent(alpha=alpha, beta=0.01 * alpha, estimator=Batch(), share_samples=False),
         generator_optimizer=adam(5e-3),
         critic_optimizer=adam(critic_lr),
         latents=lambda num: spread * torch.randn(num, 2),
@@ -87,7 +87,7 @@ def learned_kernel(seed: int, alpha: float) -> tuple[MMDGAN, DataLoader]:
     model = MMDGAN(
         generator,
         critic,
-        GradientAscent(alpha=alpha, beta=BETA, estimator=Batch()),
+        GradientAscent(alpha=alpha, beta=BETA, estimator=Batch(), share_samples=False),
         latents=2,
         generator_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=GENERATOR_LR),
         critic_optimizer=sgd,
@@ -123,7 +123,7 @@ def bilinear(seed: int, alpha: float, lr: float = 0.05) -> tuple[MMDGAN, DataLoa
     model = MMDGAN(
         Shift(),
         critic,
-        GradientAscent(alpha=alpha, beta=0.0, estimator=Batch()),
+        GradientAscent(alpha=alpha, beta=0.0, estimator=Batch(), share_samples=False),
         latents=latents,
         generator_optimizer=sgd,
         critic_optimizer=sgd,

@@ -138,14 +138,7 @@ class DeepKernel(UpdateRule):
     def plain(self) -> "DeepKernel":
         """Return the rule with its slope penalised at real samples: other points are random."""
         slope = self.slope and dataclasses.replace(self.slope, at="real")
-        return DeepKernel(
-            self.kernel,
-            self.objective,
-            slope,
-            self.alpha,
-            copy.deepcopy(self.estimator),
-            self.share_samples,
-        )
+        return dataclasses.replace(self, slope=slope, estimator=copy.deepcopy(self.estimator))
 
     def gap(self, critic: nn.Module, real: Inputs, fake: Inputs) -> Tensor:
         """Return the unbiased MMD^2 of the embeddings."""
@@ -229,7 +222,7 @@ class DeepKernel(UpdateRule):
         network = game.critic.network
         witness = self._witness(network, *references)
         terms: list[tuple[float, Callable[[], Tensor]]] = []
-        if self.slope is not None and game.step % self.slope.interval == 0:
+        if self.slope is not None and self.slope.due(game.step):
             points = self.slope.points(real, fake)
             value = functools.partial(self._slope_of, self.slope, network, witness, points)
             note = _Sum(self._last_penalties, "critic/slope_penalty")

@@ -1,5 +1,8 @@
 """The rule that trains the critic by gradient ascent, under both penalties."""
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -9,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_mmd.estimators import Estimator, Lagged, num_penalised
 from lightning_mmd.game import DivergedError, Game, Player, UpdateRule, check_weights
+from lightning_mmd.kernel_objectives import SlopePenalty
 from lightning_mmd.latents import select
 from lightning_mmd.objectives import Linear, Objective
 from lightning_mmd.parted import interleaved_parts
-from lightning_mmd.passes import Replay, evaluating, full_precision
+from lightning_mmd.passes import Replay, evaluating, frozen_power_iterations, full_precision
 from lightning_mmd.penalties import (
     Held,
     Method,
@@ -38,7 +42,8 @@ class GradientAscent(UpdateRule):
         - \frac\alpha2 \| E_z \nabla_\theta f(G_\theta(z)) \|^2 - \frac\beta2 \|f\|_H^2
 
     The objective is the MMD's by default; with `Logistic`, `Hinge` or `KALE` the same two penalties
-    act on a critic as other GANs have it, and alpha = beta = 0 is a plain GAN.
+    act on a critic as other GANs have it, and alpha = beta = 0 is a plain GAN. ``Logistic()`` with
+    ``slope=SlopePenalty(1.0, at="real")`` is the non-saturating GAN with R1.
 
     Args:
         alpha: Weight of the parametric-gradient penalty, >= 0.
@@ -49,10 +54,15 @@ class GradientAscent(UpdateRule):
             estimate's variance grows by its inverse.
         method: ``forward``, ``double_backward`` or ``finite_difference``, see
             `parametric_gradient_penalty`.
+        slope: Penalty on the slope of the witness, which is f; at real points (R1) it shares the
+            pass that the objective makes there.
+        share_samples: Whether both steps of an update see the same generated samples: the part of
+            them that has no parametric penalty is generated once. The generator then follows a
+            critic that has just been trained on these very samples.
 
     Raises:
         ValueError: If an argument is out of range.
-        TypeError: If objective or estimator are of another kind.
+        TypeError: If objective, estimator or slope are of another kind.
 
     Source:
         Mroueh & Nguyen, arXiv 2011.02402.
@@ -64,7 +74,12 @@ class GradientAscent(UpdateRule):
     estimator: Estimator | None = None
     fraction: float = 1.0
     method: Method = "forward"
+    slope: SlopePenalty | None = None
+    share_samples: bool = True
     _last_penalty: Tensor = field(
+        default_factory=lambda: torch.zeros(()), init=False, repr=False, compare=False
+    )
+    _last_slope: Tensor = field(
         default_factory=lambda: torch.zeros(()), init=False, repr=False, compare=False
     )
 
@@ -84,6 +99,8 @@ class GradientAscent(UpdateRule):
                     f"{name} must be an {kind.__name__} such as {kind.__subclasses__()[0].__name__}"
                     f"(), got {getattr(self, name)!r}."
                 )
+        if not isinstance(self.slope, SlopePenalty | None):
+            raise TypeError(f"slope must be a SlopePenalty or None, got {self.slope!r}.")
 
     def check(self, generator: nn.Module, critic: nn.Module) -> None:
         """Refuse a critic without an RKHS norm where beta > 0."""
@@ -94,6 +111,11 @@ class GradientAscent(UpdateRule):
     def critic_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return an optimizer twice as fast as the generator's."""
         return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.9))
+
+    def plain(self) -> "GradientAscent":
+        """Return the rule with its slope penalised at real samples: other points are random."""
+        slope = self.slope and dataclasses.replace(self.slope, at="real")
+        return dataclasses.replace(self, slope=slope, estimator=copy.deepcopy(self.estimator))
 
     def gap(self, critic: nn.Module, real: Inputs, fake: Inputs) -> Tensor:
         """Return the difference of the critic's mean values."""
@@ -106,25 +128,55 @@ class GradientAscent(UpdateRule):
         if game.step == 0:
             with torch.no_grad(), full_precision(z[0].device), evaluating(generator):
                 game.check_samples(generator(*select(z, slice(0, 1))))
-        metrics = self._critic_step(game, z)
+        fake = self._shared_samples(game, z)
+        metrics = self._critic_step(game, z, fake)
         if game.moves_generator:
-            metrics["generator/gradient_norm"] = self._generator_step(game)
+            if not self.share_samples:
+                z = game.latents()
+            metrics["generator/gradient_norm"] = self._generator_step(game, z, fake)
         return metrics
 
-    def _critic_step(self, game: Game, z: Inputs) -> dict[str, Any]:
-        num, objective = game.batch_size, self._objective
-        num_first = num_penalised(self._estimator, self.fraction, num) if self.alpha else 0
+    def _num_penalised(self, game: Game) -> int:
+        """Number of generated samples that have the parametric penalty."""
+        return num_penalised(self._estimator, self.fraction, game.batch_size) if self.alpha else 0
+
+    def _shared_samples(self, game: Game, z: Inputs) -> Tensor | None:
+        """Generated samples with their graph, where one pass can serve both steps."""
+        shares = self.share_samples and game.moves_generator and game.micro_batches == 1
+        if not shares or self._num_penalised(game) == game.batch_size:
+            return None
+        return game.generator.network(*z)
+
+    def _critic_step(self, game: Game, z: Inputs, fake: Tensor | None) -> dict[str, Any]:
+        num, objective, slope = game.batch_size, self._objective, self.slope
+        num_first = self._num_penalised(game)
         share, strength = num_first / num, self.alpha / 2
         penalised, plain = select(z, slice(0, num_first)), select(z, slice(num_first, None))
+        if slope is not None and not slope.due(game.step):
+            slope = None
+        of_slope = 0.0 if slope is None else slope.weight * slope.interval / 2
         (fake_term, fake_mean, penalty), total = self._on_penalised(
             game, penalised, (-share, 0.0, strength)
         )
-        (plain_term, plain_mean), total = self._on_plain(game, plain, (share - 1, 0.0), total)
-        (real_term, real_mean), total = self._on_real(game, game.target(z), (-1.0, 0.0), total)
+        (plain_term, plain_mean), total = self._on_plain(
+            game,
+            plain,
+            (share - 1, 0.0),
+            total,
+            None if fake is None else fake[num_first:].detach(),
+        )
+        real = game.target(z)
+        at_real = slope if slope is not None and slope.at == "real" else None
+        (real_term, real_mean, steepness), total = self._on_real(
+            game, real, (-1.0, 0.0, of_slope), total, at_real
+        )
+        if slope is not None and at_real is None:
+            points = self._slope_points(game, slope, real, z, fake)
+            (steepness,), total = self._on_slope(game, points, (of_slope,), total, slope)
         gap = real_mean - share * fake_mean - (1 - share) * plain_mean
         value = real_term + share * fake_term + (1 - share) * plain_term
         rkhs = rkhs_norm_penalty(game.critic.network) if self.beta else gap.new_zeros(())
-        loss = strength * penalty + self.beta / 2 * rkhs.detach() - value
+        loss = strength * penalty + self.beta / 2 * rkhs.detach() + of_slope * steepness - value
         gradient = game.critic.gradient(self.beta / 2 * rkhs, onto=total)
         if game.processes.size > 1:
             # One collective for both: then every process knows whether all values are finite.
@@ -139,6 +191,9 @@ class GradientAscent(UpdateRule):
         )
         if not isinstance(objective, Linear):
             metrics["critic/objective"] = value
+        if self.slope is not None:
+            self._last_slope = self._last_slope.to(gap.device) if slope is None else steepness
+            metrics["critic/slope_penalty"] = self._last_slope
         metrics["critic/gradient_norm"] = game.critic.step(gradient)
         return metrics
 
@@ -169,7 +224,12 @@ class GradientAscent(UpdateRule):
         return _summed(evaluate, weights, parts, game.critic)
 
     def _on_plain(
-        self, game: Game, z: Inputs, weights: tuple[float, ...], total: Tensor | None
+        self,
+        game: Game,
+        z: Inputs,
+        weights: tuple[float, ...],
+        total: Tensor | None,
+        samples: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Objective and value of f on generated samples without a penalty."""
         num = len(z[0])
@@ -177,7 +237,7 @@ class GradientAscent(UpdateRule):
         def evaluate(part: Sequence[Tensor]) -> Terms:
             inputs = select(z, part[0])
             with torch.no_grad():
-                fake = game.generator.network(*inputs)
+                fake = game.generator.network(*inputs) if samples is None else samples[part[0]]
             values = evaluate_critic(game.critic.network, fake, *inputs[1:])
             share = len(part[0]) / num
             return self._objective.on_fake(values).mean() * share, values.detach().mean() * share
@@ -186,15 +246,57 @@ class GradientAscent(UpdateRule):
         return _summed(evaluate, weights, parts, game.critic, total)
 
     def _on_real(
-        self, game: Game, real: Inputs, weights: tuple[float, ...], total: Tensor | None
+        self,
+        game: Game,
+        real: Inputs,
+        weights: tuple[float, ...],
+        total: Tensor | None,
+        slope: SlopePenalty | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Objective and value of f on real samples."""
+        """Objective, value and slope of f on real samples."""
         num = len(real[0])
+        critic = functools.partial(evaluate_critic, game.critic.network)
 
         def evaluate(part: Sequence[Tensor]) -> Terms:
-            values = evaluate_critic(game.critic.network, *select(real, part[0]))
-            share = len(part[0]) / num
-            return self._objective.on_real(values).mean() * share, values.detach().mean() * share
+            inputs = select(real, part[0])
+            if slope is None:
+                values = critic(*inputs)
+                steepness = values.new_zeros(())
+            else:
+                values, steepness = slope.with_values(critic, inputs)
+            terms = self._objective.on_real(values).mean(), values.detach().mean(), steepness
+            return tuple(term * (len(part[0]) / num) for term in terms)
+
+        parts = interleaved_parts(game, (slice(0, num),))
+        return _summed(evaluate, weights, parts, game.critic, total)
+
+    def _slope_points(
+        self, game: Game, slope: SlopePenalty, real: Inputs, z: Inputs, fake: Tensor | None
+    ) -> Inputs:
+        """Samples at which a slope is penalised that is not that at real ones."""
+        if fake is None:
+            parts = interleaved_parts(game, (slice(0, game.batch_size),))
+            order = torch.cat([part[0] for part in parts]).argsort()
+            with torch.no_grad():
+                fake = torch.cat([game.generator.network(*select(z, part[0])) for part in parts])
+                fake = fake[order]
+        return slope.points(real, (fake.detach().to(real[0].dtype), *z[1:]))
+
+    def _on_slope(
+        self,
+        game: Game,
+        points: Inputs,
+        weights: tuple[float, ...],
+        total: Tensor | None,
+        slope: SlopePenalty,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Slope of f at other points."""
+        num = len(points[0])
+        critic = functools.partial(evaluate_critic, game.critic.network)
+
+        def evaluate(part: Sequence[Tensor]) -> Terms:
+            with frozen_power_iterations(game.critic.network):
+                return (slope.value(critic, select(points, part[0])) * (len(part[0]) / num),)
 
         parts = interleaved_parts(game, (slice(0, num),))
         return _summed(evaluate, weights, parts, game.critic, total)
@@ -212,8 +314,8 @@ class GradientAscent(UpdateRule):
             mean=game.processes.mean,
         )
 
-    def _generator_step(self, game: Game) -> Tensor:
-        z, critic, generator = game.latents(), game.critic.network, game.generator
+    def _generator_step(self, game: Game, z: Inputs, shared: Tensor | None) -> Tensor:
+        critic, generator = game.critic.network, game.generator
         objective, estimator = self._objective, self._estimator
         num = game.batch_size
         noisy: list[Tensor] = []
@@ -221,7 +323,7 @@ class GradientAscent(UpdateRule):
         def on_fake(part: Sequence[Tensor]) -> Terms:
             inputs = select(z, part[0])
             share = len(part[0]) / num
-            fake = generator.network(*inputs)
+            fake = generator.network(*inputs) if shared is None else shared
             replay = Replay(critic, fake.device) if game.hooks else None
             values = evaluate_critic(critic, fake, *inputs[1:])
             term = objective.on_generated(values).mean() * share
@@ -253,13 +355,18 @@ class GradientAscent(UpdateRule):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the estimator's state and the penalty that was logged last."""
-        return {"estimator": self._estimator.state_dict(), "last_penalty": self._last_penalty}
+        """Return the estimator's state and the penalties that were logged last."""
+        return {
+            "estimator": self._estimator.state_dict(),
+            "last_penalty": self._last_penalty,
+            "last_slope": self._last_slope,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._estimator.load_state_dict(state["estimator"])
         self._last_penalty = state["last_penalty"]
+        self._last_slope = state["last_slope"]
 
 
 def _moved_gradient(

@@ -154,14 +154,22 @@ class SlopePenalty:
         u = torch.rand(len(x), dtype=x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
         return (torch.lerp(y, x, u), *real[1:])
 
+    def due(self, step: int) -> bool:
+        """Whether the critic's step of this number has a penalty."""
+        return step % self.interval == 0
+
     def value(self, witness: Callable[..., Tensor], points: Inputs) -> Tensor:
         """Return the mean squared distance of the slope from its target, with a graph."""
+        return self.with_values(witness, points)[1]
+
+    def with_values(self, witness: Callable[..., Tensor], points: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the witness at the points, (n,), and the penalty, both with a graph."""
         x = points[0].detach().requires_grad_()
         with torch.enable_grad(), full_precision(x.device), unfused_attention():
             values = witness(x, *points[1:])
             (slope,) = torch.autograd.grad(values.sum(), x, create_graph=True)
             squared = slope.flatten(1).square().sum(1)
             if self.target == 0:
-                return squared.mean()
+                return values, squared.mean()
             norms = squared.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
-            return (norms - self.target).square().mean()
+            return values, (norms - self.target).square().mean()

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["ConvFeatures", "ConvGenerator", "MLPFeatures", "MLPGenerator"]
+__all__ = ["ConvClassifier", "ConvFeatures", "ConvGenerator", "MLPFeatures", "MLPGenerator"]
 
 
 class ConvGenerator(nn.Module):
@@ -85,6 +85,44 @@ class ConvFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, c, h, w) to features (n, num_features)."""
         return self.layers(x)
+
+
+class ConvClassifier(nn.Module):
+    """Small classifier whose last hidden layer serves as features to judge samples by.
+
+    Stride-2 3x3 convolutions, a linear map to ``num_features``, and one to the classes; SiLU after
+    each but the last.
+
+    Args:
+        sample_shape: Shape (c, h, w) of an image.
+        num_classes: Number of classes.
+        num_features: Length of the feature vector.
+        channels: Channels of the convolutions; each halves the image.
+
+    Raises:
+        ValueError: If ``sample_shape`` is not (c, h, w).
+    """
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        num_classes: int = 10,
+        num_features: int = 128,
+        channels: Sequence[int] = (32, 64),
+    ) -> None:
+        super().__init__()
+        before, height, width = _check_image_shape(sample_shape, 0)
+        layers: list[nn.Module] = []
+        for after in channels:
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
+            before, height, width = after, (height + 1) // 2, (width + 1) // 2
+        layers += [nn.Flatten(), nn.Linear(before * height * width, num_features), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(num_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, c, h, w) to logits (n, num_classes)."""
+        return self.head(self.features(x))
 
 
 class MLPGenerator(nn.Module):

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from tiny import gan
+from lightning.pytorch import Callback
+from tiny import gan, quiet_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,17 +41,7 @@ def make_model(kind=MMDGAN, generator=None, features=None, **kwargs):
 def train(model, path, num_steps=3, data=None, callbacks=(), ckpt_path=None):
     if data is None:
         data = torch.randn(BATCH, 2, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=num_steps,
-        max_epochs=-1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=path,
-    )
+    trainer = quiet_trainer(path, max_steps=num_steps, callbacks=list(callbacks))
     trainer.fit(
         model, DataLoader(data, batch_size=len(data)), ckpt_path=ckpt_path, weights_only=True
     )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from sklearn.datasets import load_digits
+from tiny import quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -224,16 +225,7 @@ def test_bytes_reach_the_module_in_the_trainers_precision(
     tmp_path: Path, precision: Any, dtype: torch.dtype, tolerance: float
 ) -> None:
     data, model = Bytes(64, 0, seed=0, labels=True), Checker(dtype, tolerance)
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(tmp_path, precision=precision, max_epochs=1)
     trainer.fit(model, data)
     assert model.checked >= 2 * 256
     # By index, and by a loader outside of a training, values are float32 in [-1, 1].

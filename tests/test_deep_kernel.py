@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from tiny import quiet_trainer
 from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD
@@ -313,17 +313,8 @@ def test_two_processes_train_as_one(rule, micro_batches, tmp_path):
             critic_optimizer=lambda p: SGD(p, lr=0.1),
             **kwargs,
         )
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=devices,
-            strategy="auto" if devices == 1 else "ddp_fork",
-            max_steps=3,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
+        trainer = quiet_trainer(
+            tmp_path, devices=devices, strategy="auto" if devices == 1 else "ddp_fork", max_steps=3
         )
         # The distributed sampler deals samples out in turn.
         data = REAL if devices == 1 else REAL.view(2, NUM // 2, 2).transpose(0, 1).reshape(NUM, 2)

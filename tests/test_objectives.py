@@ -19,6 +19,7 @@ from lightning_mmd import (
     LearnedKernelCritic,
     Logistic,
     Player,
+    SlopePenalty,
 )
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.objectives import Linear
@@ -125,7 +126,9 @@ def test_a_step_under_both_penalties_is_the_formula(objective):
     critic = LearnedKernelCritic(MLPFeatures(2, 8, (16,)), 8)
     critic.weights.data *= 3
     twin_generator, twin = copy.deepcopy((generator, critic))
-    rule = GradientAscent(alpha=2.0, beta=0.3, objective=objective, estimator=Batch())
+    rule = GradientAscent(
+        alpha=2.0, beta=0.3, objective=objective, estimator=Batch(), share_samples=False
+    )
     real = torch.randn(12, 2)
     sides = [
         Player(name, net, dict(net.named_parameters()), SGD(net.parameters(), lr=0.1))
@@ -166,3 +169,79 @@ def test_a_plain_gan_needs_no_rkhs_norm():
 def test_an_objective_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="objective must be an Objective such as"):
         GradientAscent(objective=torch.nn.BCELoss())
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("at", ["real", "generated"])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_a_slope_is_penalised_as_by_hand(at, target, shares):
+    torch.manual_seed(0)
+    generator = MLPGenerator(2, 3, (8,)).double()
+    critic = LearnedKernelCritic(MLPFeatures(2, 6, (8,)), 6).double()
+    by_hand = copy.deepcopy(critic), copy.deepcopy(generator)
+    rule = GradientAscent(
+        alpha=0.0,
+        beta=0.0,
+        objective=Logistic(),
+        slope=SlopePenalty(0.7, at=at, target=target, interval=2),
+        share_samples=shares,
+    )
+    players = [
+        Player(name, network, dict(network.named_parameters()), SGD(network.parameters(), lr))
+        for name, network, lr in (("generator", generator, 0.1), ("critic", critic, 0.2))
+    ]
+    draws = [torch.randn(5, 3) for _ in range(6)]
+    rest, real = iter(draws), torch.randn(5, 2)
+    logged = [
+        rule.update(Game(*players, real, lambda num: next(rest), step=k))["critic/slope_penalty"]
+        for k in range(3)
+    ]
+
+    f, g = by_hand
+    each = 1 if shares else 2
+    for k in range(3):
+        z = draws[each * k], draws[each * k + each - 1]
+        points = (real if at == "real" else g(z[0])).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(f(points).sum(), points, create_graph=True)
+        penalty = (slope.norm(dim=1) - target).square().mean()
+        loss = -torch.nn.functional.logsigmoid(f(real)).mean()
+        loss = loss - torch.nn.functional.logsigmoid(-f(g(z[0]))).mean()
+        if k % 2 == 0:  # every second step, with twice the weight
+            loss = loss + 0.7 * 2 / 2 * penalty
+            torch.testing.assert_close(logged[k], penalty.detach(), rtol=1e-12, atol=0)
+        else:
+            assert logged[k] == logged[k - 1]
+        descend(f, loss, 0.2)
+        descend(g, -torch.nn.functional.logsigmoid(f(g(z[1]))).mean(), 0.1)
+    for ours, hand in ((critic, f), (generator, g)):
+        for p, q in zip(ours.parameters(), hand.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def descend(network, loss, lr):
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for p, g in zip(parameters, gradients, strict=True):
+            p -= lr * g
+
+
+def test_shared_samples_are_generated_once_where_no_penalty_needs_them():
+    torch.manual_seed(0)
+    generator, critic = MLPGenerator(2, 3, (8,)), LearnedKernelCritic(MLPFeatures(2, 6, (8,)), 6)
+    calls = []
+    generator.register_forward_hook(lambda *_: calls.append(1))
+    players = [
+        Player(name, network, dict(network.named_parameters()), SGD(network.parameters(), 0.1))
+        for name, network in (("generator", generator), ("critic", critic))
+    ]
+    for shares, passes in ((True, 1), (False, 2)):
+        rule = GradientAscent(alpha=0.0, share_samples=shares)
+        calls.clear()
+        rule.update(Game(*players, torch.randn(4, 2), Latents(3), step=1))
+        assert len(calls) == passes
+
+
+def test_a_slope_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match=r"slope must be a SlopePenalty or None, got 3"):
+        GradientAscent(slope=3)

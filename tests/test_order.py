@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from tiny import quiet_trainer
 from torch import nn
 
 from lightning_mmd.data import BatchSizes, ImageDataModule, Order, TensorSamples, coin_flips
@@ -240,10 +241,7 @@ def test_a_second_fit_goes_on_and_another_trainer_begins_anew(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         model = Recorder(tmp_path / name)
-        trainer = Trainer(
-            accelerator="cpu", max_steps=4, max_epochs=-1, limit_val_batches=0, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = quiet_trainer(tmp_path, max_steps=4, limit_val_batches=0)  # fmt: skip
         trainer.fit(model, datamodule=data)
         trainer.fit_loop.epoch_loop.max_steps = 9
         trainer.fit(model, datamodule=data)
@@ -264,10 +262,7 @@ def test_a_growing_batch_resumes(tmp_path):
 def test_loaders_without_the_module_and_by_hand_serve_finished_batches(tmp_path):
     data = Numbered(12, 0, seed=7, flip=True)
     data.setup()
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=2, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=2, limit_val_batches=0)  # fmt: skip
     trainer.fit(Recorder(tmp_path), data.train_dataloader())
     lines = (tmp_path / "0.txt").read_text().splitlines()
     assert [[int(n) for n in line.split()] for line in lines] == expected(2 * BATCHES)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy
-from tiny import gan
+from tiny import gan, quiet_trainer
 from torch.utils.data import DataLoader
 
 from lightning_mmd import Batch, ClosedForm, GradientAscent, Lagged, LearnedKernelCritic, Split
@@ -47,17 +47,7 @@ class Listen(Callback):
 
 
 def train(model, path, num_steps=3, ckpt_path=None, **kwargs):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=num_steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=path,
-        **kwargs,
-    )
+    trainer = quiet_trainer(path, max_steps=num_steps, **kwargs)
     real = torch.randn(16, 2, generator=torch.Generator().manual_seed(1))
     trainer.fit(model, DataLoader(real, batch_size=16), ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -187,7 +177,7 @@ def test_sharding_is_refused():
 @pytest.mark.parametrize("rule", RULES)
 def test_validation_runs_under_bf16_mixed(rule, tmp_path):
     torch.set_default_dtype(torch.float32)
-    trainer = Trainer(accelerator="cpu", precision="bf16-mixed", logger=False)
+    trainer = quiet_trainer(tmp_path, precision="bf16-mixed", max_epochs=None)
     held_out = DataLoader(torch.randn(16, 2), batch_size=16)
     (metrics,) = trainer.validate(make_model(rule), held_out, verbose=False)
     assert abs(metrics["val/gap"]) > 0

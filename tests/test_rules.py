@@ -30,6 +30,7 @@ from lightning_mmd import (
     Hinge,
     InstanceNoise,
     LearnedKernelCritic,
+    Logistic,
     MMDTracker,
     NoiseInjection,
     ParametricGradientPenalty,
@@ -56,6 +57,12 @@ RULES = {
     "trust region": ClosedForm(beta=0.1, trust_region=TrustRegion()),
     "gradient ascent": GradientAscent(alpha=2.0, beta=0.1),
     "hinge": GradientAscent(alpha=0.5, beta=0.1, objective=Hinge()),
+    "logistic, R1": GradientAscent(
+        alpha=0.0, beta=0.0, objective=Logistic(), slope=SlopePenalty(0.5, at="real")
+    ),
+    "logistic, all": GradientAscent(
+        alpha=0.5, beta=0.1, objective=Logistic(), slope=SlopePenalty(0.3, interval=2)
+    ),
     "deep kernel": DeepKernel(),
     "deep kernel, slope": DeepKernel(slope=SlopePenalty(0.3, interval=2), alpha=0.1),
     "toy rule": MeanMatching(weight=0.5),

@@ -10,11 +10,12 @@ from lightning_mmd import MMDGAN, Batch, ClosedForm, GradientAscent
 def gan(generator, critic, rule=ClosedForm, kind=MMDGAN, **kwargs):
     """Make a model; arguments of the rule and of the module may be mixed.
 
-    ``rule`` is a class. The estimator of `GradientAscent` is the plain one here unless it is given:
-    most tests compare with the penalty of one batch.
+    ``rule`` is a class. `GradientAscent` has the plain estimator here, and samples of their own for
+    each step, unless they are given: most tests compare with the penalty of one batch.
     """
     if rule is GradientAscent:
         kwargs.setdefault("estimator", Batch())
+        kwargs.setdefault("share_samples", False)
     names = {field.name for field in fields(rule) if field.init}
     arguments = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     return kind(generator, critic, rule(**arguments), **kwargs)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_mmd.callbacks.ema import averaged_weights
+from lightning_mmd.passes import random_state_kept
 
 __all__ = ["GeneratorCadence", "Samples", "keep_random_state", "require_samples"]
 
@@ -109,8 +110,7 @@ class GeneratorCadence(Callback, ABC):
 @contextmanager
 def keep_random_state(device: torch.device) -> Iterator[None]:
     """Put the random states of torch (CPU and `device`), numpy and Python back on exit."""
-    devices = [device] if device.type == "cuda" else []
-    with isolate_rng(include_cuda=False), torch.random.fork_rng(devices=devices):
+    with isolate_rng(include_cuda=False), random_state_kept(device):
         yield
 
 

@@ -1,0 +1,258 @@
+"""Ours against its rivals at equal processor time, judged by features that no method has seen.
+
+    OMP_NUM_THREADS=1 python benchmarks/race.py DATA --plan search      # one run after another
+    OMP_NUM_THREADS=1 python benchmarks/race.py DATA method=deep_kernel lr=3e-3 seconds=240
+    python benchmarks/race.py --report
+
+A run trains for some processor seconds of one thread; at 30, 60, 120, 240 and 480 seconds the
+judge scores 10,000 samples of the averaged generator (`judge.py`). Each score is a row of
+`results/race.csv`; runs that are there are skipped, so a plan that was cut off goes on. Start-up
+and scoring are not counted, everything else is. While searching, the judge compares with the last
+10,000 training images, which nothing trains on; the report is on the test images.
+"""
+
+import argparse
+import copy
+import csv
+import ctypes
+import datetime
+import json
+import os
+import platform
+import subprocess
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from judge import Images, Judge, cached_classifier, load, to_unit
+from rivals import LATENT_DIM, RIVALS, Contender, FrozenFeatures, Ours, Spec
+from torchvision.utils import save_image
+
+HERE = Path(__file__).parent
+CACHE = HERE / ".cache"
+RESULTS = HERE / "results" / "race.csv"
+MARKS = (30, 60, 120, 240, 480)
+FIELDS = [
+    "data", "split", "loop", "method", "options", "seed", "seconds", "updates", "images", "fid",
+    "kid", "kid_std", "precision", "recall", "confident", "rarest", "commonest", "end",
+    "judge_accuracy", "commit", "torch", "processor", "date",
+]  # fmt: skip
+DEFAULTS = {"data": "MNIST", "split": "validation", "seed": 0, "seconds": 120, "average": "0.01"}
+HOPELESS = 2.0  # while searching, a run ends early where its KID is so many times the best rate's
+
+
+def contender(spec: Spec, images: Images, shape: tuple[int, ...]) -> Contender:
+    """Make networks, losses and optimizers of a run."""
+    torch.manual_seed(spec["seed"] + 1)
+    if spec["method"] == "gfmn":
+        state = torch.get_rng_state()
+        other = cached_classifier(images, spec["data"], CACHE, seed=1)
+        torch.set_rng_state(state)
+        return FrozenFeatures(shape, spec, other.features, to_unit(images.train[:50_000]))
+    if spec["method"] in RIVALS:
+        return RIVALS[spec["method"]](shape, spec)
+    return Ours(shape, spec)
+
+
+def batch_size(spec: Spec, seen: int) -> int:
+    """Return the batch size after so many images: "64" or "64,24000:128"."""
+    first, *later = str(spec.get("batch", 64)).split(",")
+    size = int(first)
+    for part in later:
+        start, then = part.split(":")
+        if seen >= int(start):
+            size = int(then)
+    return size
+
+
+def average_weight(spec: Spec, step: int) -> float:
+    """Return the weight of the newest generator in the average, after update ``step`` from 0."""
+    text = str(spec["average"])
+    if text.startswith("power"):  # an average over a fixed share of the run so far
+        _, gamma = text.split(":")
+        return min(1.0, (float(gamma) + 1) / (step + 2))
+    return max(float(text), 1 / (step + 2))
+
+
+def rate_factor(spec: Spec, seen: int) -> float:
+    """Return the factor on the learning rates: "linear:A:B" falls from 1 at A images to 0 at B."""
+    text = str(spec.get("decay", ""))
+    if not text:
+        return 1.0
+    kind, start, *rest = text.split(":")
+    if kind == "linear":
+        return 1 - min(max((seen - int(start)) / (int(rest[0]) - int(start)), 0.0), 0.98)
+    return min(1.0, (int(start) / max(seen, 1)) ** float(rest[0]))  # power:A:p
+
+
+def train(spec: Spec, images: Images, judge: Judge, pictures: Path) -> None:
+    """Train one contender, and append a row at each mark."""
+    shape = tuple(images.train.shape[1:])
+    player = contender(spec, images, shape)
+    average = copy.deepcopy(player.generator)
+    rates = [[group["lr"] for group in o.param_groups] for o in player.optimizers]
+    marks = [mark for mark in MARKS if mark <= spec["seconds"]]
+    spent, step, seen = 0.0, 0, 0
+    while marks:
+        start = time.process_time()
+        factor = rate_factor(spec, seen)
+        for optimizer, own in zip(player.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate * factor
+        size = batch_size(spec, seen)
+        real = to_unit(images.train[torch.randint(len(images.train), (size,))])
+        player.update(real, step)
+        with torch.no_grad():
+            weight = average_weight(spec, step)
+            torch._foreach_lerp_(
+                list(average.parameters()), list(player.generator.parameters()), weight
+            )
+        step, seen = step + 1, seen + size
+        spent += time.process_time() - start
+        if spent >= marks[0]:
+            state = torch.get_rng_state()
+            scores, samples = judge(average, LATENT_DIM, len(marks) == 1)
+            torch.set_rng_state(state)
+            end = "time" if len(marks) == 1 else "cut" if hopeless(spec, marks[0], scores) else ""
+            append(
+                spec, marks[0], step, seen, {**scores, "end": end, "judge_accuracy": judge.accuracy}
+            )
+            name = f"{spec['data']}_{spec['method']}_{spec['seed']}_{marks[0]}.png"
+            pictures.mkdir(parents=True, exist_ok=True)
+            save_image(samples, pictures / name, nrow=8, normalize=True, value_range=(-1, 1))
+            print(
+                f"{key(spec)[0]} seed {spec['seed']}: {marks[0]} s, {step} updates, "
+                + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()),
+                flush=True,
+            )
+            marks = [] if end else marks[1:]
+
+
+def hopeless(spec: Spec, mark: int, scores: dict[str, float]) -> bool:
+    """Whether a searching run is far behind the same method's best run at the same time."""
+    if not scores["kid"] < 1e4:
+        return True
+    if spec["split"] == "test" or not spec.get("cut", True):
+        return False
+    rivals = [
+        float(row["kid"])
+        for row in rows()
+        if (row["data"], row["method"], row["seconds"], row["split"])
+        == (spec["data"], spec["method"], str(mark), "validation")
+    ]
+    return mark >= 30 and bool(rivals) and scores["kid"] > HOPELESS * min(rivals) + 20
+
+
+def key(spec: Spec) -> tuple[str, ...]:
+    """Return what tells runs apart."""
+    common = ("data", "split", "loop", "method", "seed", "seconds")
+    options = {k: v for k, v in sorted(spec.items()) if k not in common and DEFAULTS.get(k) != v}
+    return (f"{spec['method']} {json.dumps(options)}", *(str(spec.get(k, "bare")) for k in common))
+
+
+def options_of(spec: Spec) -> str:
+    """Return the options that are not defaults, as JSON."""
+    return key(spec)[0].split(" ", 1)[1]
+
+
+def append(spec: Spec, mark: int, step: int, seen: int, scores: dict[str, Any]) -> None:
+    """Append a row in one write: several processes share the file."""
+    row = {
+        **{k: spec[k] for k in ("data", "split", "method", "seed")},
+        "loop": "bare", "options": options_of(spec), "seconds": mark, "updates": step,
+        "images": seen,
+        **{n: v if isinstance(v, str) else f"{v:.5g}" for n, v in scores.items()},
+        "commit": commit(), "torch": torch.__version__,
+        "processor": platform.machine() + " " + torch.backends.cpu.get_cpu_capability(),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    new = not RESULTS.exists()
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def commit() -> str:
+    """Return the commit that a row was measured at, if the tree is one."""
+    result = subprocess.run(
+        ["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def rows() -> list[dict[str, str]]:
+    """Return all rows so far."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def done(spec: Spec) -> bool:
+    """Whether the last row of a run is there, or the row at which it was broken off."""
+    last = [mark for mark in MARKS if mark <= spec["seconds"]][-1]
+    return any(
+        row["method"] == spec["method"]
+        and row["options"] == options_of(spec)
+        and all(row[k] == str(spec[k]) for k in ("data", "split", "seed"))
+        and (int(row["seconds"]) >= last or row["end"] == "cut")
+        for row in rows()
+    )
+
+
+def parse(texts: list[str]) -> Spec:
+    """Read "name=value" texts; values are JSON where they can be."""
+    spec: dict[str, Any] = dict(DEFAULTS)
+    for text in texts:
+        name, value = text.split("=", 1)
+        try:
+            spec[name] = json.loads(value)
+        except json.JSONDecodeError:
+            spec[name] = value
+    spec["average"] = str(spec["average"])
+    return spec
+
+
+def main(root: str, texts: list[list[str]]) -> None:
+    """Run what is not there yet, one run after another."""
+    torch.set_num_threads(1)
+    keep_memory()
+    loaded: dict[tuple[str, str], tuple[Images, Judge]] = {}
+    for spec in map(parse, texts):
+        if done(spec):
+            continue
+        claim = CACHE / "claims" / f"{zlib.crc32(str(key(spec)).encode()):08x}"
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        if claim.exists() and os.path.exists(f"/proc/{claim.read_text()}"):
+            continue  # another process is at it
+        claim.write_text(str(os.getpid()))
+        where = spec["data"], spec["split"]
+        if where not in loaded:
+            images = load(spec["data"], root, spec["split"])
+            judge = Judge(cached_classifier(images, spec["data"], CACHE, seed=0), images)
+            loaded[where] = images, judge
+            print(f"judge: {judge.accuracy:.4f} right; floor {judge.floor()}", flush=True)
+        train(spec, *loaded[where], CACHE / "pictures")
+        claim.unlink()
+
+
+def keep_memory() -> None:
+    """Keep freed memory in the process: giving it back costs 10 to 20 % of each update."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("options", nargs="*")
+    parser.add_argument("--plan", type=Path, help="file with a run's options on each line")
+    args = parser.parse_args()
+    lines = args.plan.read_text().splitlines() if args.plan else [" ".join(args.options)]
+    main(args.data, [line.split() for line in lines if line.strip() and not line.startswith("#")])
