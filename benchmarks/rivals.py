@@ -334,3 +334,31 @@ RIVALS: dict[str, type[Rival]] = {
     "relativistic_r1_r2": Relativistic,
     "mmd_proximal": ProximalMMD,
 }
+
+
+class Matched(NonSaturating):
+    """A trial: the generator descends MMD^2 of the critic's features too."""
+
+    def __init__(self, shape: tuple[int, ...], spec: Spec) -> None:
+        super().__init__(shape, spec)
+        self.kernel = SumKernel([RationalQuadratic(alpha=a) for a in (0.5, 1.0, 2.0)])
+
+    def generator_loss(self, real: Tensor, fake: Tensor, z: Tensor, step: int) -> Tensor:
+        features, head = self.critic[0], self.critic[1]
+        with torch.no_grad():
+            on_real = features(real)
+            scale = 1 / (on_real.var(0).sum().sqrt() + 1e-6)
+        on_fake = features(fake)
+        value = F.softplus(-head(on_fake)).mean()
+        if self.spec.get("match") == "mean":
+            gap = (on_real.mean(0) - on_fake.mean(0)) * scale
+            mmd2 = gap.square().sum()
+        else:
+            r, f = on_real * scale, on_fake * scale
+            gram = self.kernel(f, f)
+            within = (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
+            mmd2 = (within - 2 * self.kernel(r, f).mean()) / 3
+        return value + self.spec.get("weight", 1.0) * mmd2
+
+
+RIVALS["matched"] = Matched

@@ -17,11 +17,18 @@ if TYPE_CHECKING:
         RelativeTestLR,
         SampleGrid,
     )
+    from lightning_mmd.classifier import ImageClassifier
     from lightning_mmd.closed_form import ClosedForm, TrustRegion
     from lightning_mmd.critics import EmbeddingCritic, LearnedKernelCritic
     from lightning_mmd.deep_kernel import DeepKernel
     from lightning_mmd.embedding import MeanEmbedding
     from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
+    from lightning_mmd.feature_metrics import FeatureMetrics
+    from lightning_mmd.feature_networks import (
+        ClassifierFeatures,
+        InceptionFeatures,
+        TorchvisionFeatures,
+    )
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
     from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
     from lightning_mmd.game import DivergedError, Game, Player, Processes, UpdateRule
@@ -93,11 +100,14 @@ _HOMES = {
         "RelativeTestLR",
         "SampleGrid",
     ],
+    "classifier": ["ImageClassifier"],
     "closed_form": ["ClosedForm", "TrustRegion"],
     "critics": ["EmbeddingCritic", "LearnedKernelCritic"],
     "deep_kernel": ["DeepKernel"],
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
+    "feature_metrics": ["FeatureMetrics"],
+    "feature_networks": ["ClassifierFeatures", "InceptionFeatures", "TorchvisionFeatures"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
     "game": ["DivergedError", "Game", "Player", "Processes", "UpdateRule"],

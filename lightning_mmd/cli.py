@@ -1,4 +1,4 @@
-"""The command line: ``lightning-mmd fit | validate | test | sample | halving | doctor``."""
+"""The command line: ``lightning-mmd fit | validate | test``, and the commands of `COMMANDS`."""
 
 import argparse
 import difflib
@@ -25,6 +25,7 @@ import lightning_mmd.critics
 import lightning_mmd.data
 import lightning_mmd.deep_kernel
 import lightning_mmd.estimators
+import lightning_mmd.feature_networks
 import lightning_mmd.features
 import lightning_mmd.gradient_ascent
 import lightning_mmd.kernel_objectives
@@ -33,7 +34,9 @@ import lightning_mmd.networks
 import lightning_mmd.noise
 import lightning_mmd.objectives
 from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
+from lightning_mmd.commands.classifier import train_classifier
 from lightning_mmd.commands.doctor import examine
+from lightning_mmd.commands.evaluate import evaluate
 from lightning_mmd.commands.halving import climb
 from lightning_mmd.commands.sample import check_checkpoint, sample
 from lightning_mmd.halving import StepHalving
@@ -52,6 +55,8 @@ _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
 Besides the subcommands below,
 'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png' draws samples from a checkpoint,
+'lightning-mmd evaluate --ckpt_path FILE --data ... --features ...' scores them: FID, KID and more,
+'lightning-mmd classifier --config FILE' trains a classifier to judge them by,
 'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
 'lightning-mmd doctor [--config FILE]' examines the installation and a model on two processes."""
 
@@ -297,6 +302,12 @@ def _sample(args: list[str]) -> None:
     )
 
 
+def _evaluate(args: list[str]) -> None:
+    auto_cli(
+        evaluate, args=args, as_positional=False, prog="lightning-mmd evaluate", exit_on_error=False
+    )
+
+
 def _doctor(args: list[str]) -> None:
     if not doctor(args):
         sys.exit(1)
@@ -304,6 +315,8 @@ def _doctor(args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "sample": _sample,
+    "evaluate": _evaluate,
+    "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,
 }
@@ -388,6 +401,7 @@ def _neighbours(name: str) -> str:
         lightning_mmd.data,
         lightning_mmd.deep_kernel,
         lightning_mmd.estimators,
+        lightning_mmd.feature_networks,
         lightning_mmd.features,
         lightning_mmd.gradient_ascent,
         lightning_mmd.kernel_objectives,

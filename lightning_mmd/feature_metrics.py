@@ -1,5 +1,6 @@
 """Scores of generated samples in the features of a network that no method trained on."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -130,14 +131,17 @@ class FeatureMetrics(Metric):
         embedded = nn.Identity()
         if fewest >= self.min_fid_samples:
             embedded.__dict__["num_features"] = real.shape[1]  # torchmetrics asks for it
-            fid = FrechetInceptionDistance(feature=embedded).to(real.device)
+            fid = FrechetInceptionDistance(feature=embedded, sync_on_compute=False).to(real.device)
             fid.set_dtype(torch.float64)
             scores["fid"] = _compared(fid, real, fake)
-        kid = KernelInceptionDistance(
-            feature=embedded,
-            subsets=self.subsets,
-            subset_size=min(self.subset_size, fewest),
-        ).to(real.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
+            kid = KernelInceptionDistance(
+                feature=embedded,
+                subsets=self.subsets,
+                subset_size=min(self.subset_size, fewest),
+                sync_on_compute=False,  # each process has all samples by now
+            ).to(real.device)
         with seeded(real.device, self.seed):
             scores["kid"], scores["kid_std"] = _compared(kid, real, fake)
         if self.neighbours is not None:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mmd.estimators import Estimator, Lagged, num_penalised
-from lightning_mmd.game import DivergedError, Game, Player, UpdateRule, check_weights
+from lightning_mmd.game import DivergedError, Game, UpdateRule, check_weights
 from lightning_mmd.kernel_objectives import SlopePenalty
 from lightning_mmd.latents import select
 from lightning_mmd.objectives import Linear, Objective
-from lightning_mmd.parted import interleaved_parts
+from lightning_mmd.parted import Terms, interleaved_parts, summed
 from lightning_mmd.passes import Replay, evaluating, frozen_power_iterations, full_precision
 from lightning_mmd.penalties import (
     Held,
@@ -30,8 +30,6 @@ from lightning_mmd.pushforward import evaluate_critic
 __all__ = ["GradientAscent"]
 
 Inputs = tuple[Tensor, ...]
-Terms = tuple[Tensor, ...]
-"""Means over the samples of a micro-batch."""
 
 
 @dataclass
@@ -221,7 +219,7 @@ class GradientAscent(UpdateRule):
             terms = self._objective.on_fake(result.values).mean(), result.values.detach().mean()
             return (*(term * of_all for term in terms), result.penalty * of_live)
 
-        return _summed(evaluate, weights, parts, game.critic)
+        return summed(evaluate, weights, parts, game.critic)
 
     def _on_plain(
         self,
@@ -243,7 +241,7 @@ class GradientAscent(UpdateRule):
             return self._objective.on_fake(values).mean() * share, values.detach().mean() * share
 
         parts = interleaved_parts(game, (slice(0, num),))
-        return _summed(evaluate, weights, parts, game.critic, total)
+        return summed(evaluate, weights, parts, game.critic, total)
 
     def _on_real(
         self,
@@ -268,7 +266,7 @@ class GradientAscent(UpdateRule):
             return tuple(term * (len(part[0]) / num) for term in terms)
 
         parts = interleaved_parts(game, (slice(0, num),))
-        return _summed(evaluate, weights, parts, game.critic, total)
+        return summed(evaluate, weights, parts, game.critic, total)
 
     def _slope_points(
         self, game: Game, slope: SlopePenalty, real: Inputs, z: Inputs, fake: Tensor | None
@@ -299,7 +297,7 @@ class GradientAscent(UpdateRule):
                 return (slope.value(critic, select(points, part[0])) * (len(part[0]) / num),)
 
         parts = interleaved_parts(game, (slice(0, num),))
-        return _summed(evaluate, weights, parts, game.critic, total)
+        return summed(evaluate, weights, parts, game.critic, total)
 
     def _hold(self, game: Game, z: Inputs, parts: list[list[Tensor]]) -> Held | None:
         """What the penalty holds, where a batch is evaluated in several parts."""
@@ -333,7 +331,7 @@ class GradientAscent(UpdateRule):
             return (term,)
 
         parts = interleaved_parts(game, (slice(0, num),))
-        terms, total = _summed(on_fake, (-1.0,), parts, generator)
+        terms, total = summed(on_fake, (-1.0,), parts, generator)
         gradient = terms.new_zeros(0) if total is None else total
         if noisy:
             both = torch.stack([gradient, -torch.stack(noisy).sum(0)])
@@ -389,27 +387,3 @@ def _moved_gradient(
     if gradients is None:
         return None
     return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
-
-
-def _summed(
-    evaluate: Callable[[Sequence[Tensor]], Terms],
-    weights: tuple[float, ...],
-    parts: Sequence[Sequence[Tensor]],
-    player: Player,
-    total: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum terms over micro-batches, one in memory, and add the gradient of their weighted sum.
-
-    Returns the terms and the total gradient in the player's parameters, of this process, without a
-    graph; no total where there was none and there are no parts.
-    """
-    terms = next(iter(player.parameters.values())).new_zeros(len(weights))
-    gradient = total if len(parts) == 1 else None  # parts are summed first: as the batch would be
-    for part in parts:
-        values = torch.stack(evaluate(part)).to(terms.dtype)
-        gradient = player.gradient(values @ values.new_tensor(weights), onto=gradient)
-        terms += values.detach()
-        del values  # and its graph, before the next is made
-    if len(parts) > 1 and total is not None and gradient is not None:
-        return terms, total.add_(gradient)
-    return terms, total if gradient is None else gradient

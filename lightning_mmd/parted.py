@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from lightning_mmd.game import Game, Player, Processes
 from lightning_mmd.passes import Replay, frozen_power_iterations
 
-__all__ = ["PartedPass", "SharedEmbedding", "contiguous_parts", "interleaved_parts", "pull_back"]
+__all__ = [
+    "PartedPass",
+    "SharedEmbedding",
+    "Terms",
+    "contiguous_parts",
+    "interleaved_parts",
+    "pull_back",
+    "summed",
+]
 
 Inputs = tuple[Tensor, ...]
+Terms = tuple[Tensor, ...]
+"""Means over the samples of a micro-batch."""
 
 
 def contiguous_parts(num: int, num_parts: int) -> list[slice]:
@@ -157,3 +167,35 @@ def pull_back(
         total = total + player.gradient(loss)
         del loss  # and its graph, before the next is made
     return processes.size * total
+
+
+def summed(
+    evaluate: Callable[[Sequence[Tensor]], Terms],
+    weights: tuple[float, ...],
+    parts: Sequence[Sequence[Tensor]],
+    player: Player,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum terms over micro-batches, one in memory, and add the gradient of their weighted sum.
+
+    Args:
+        evaluate: Function of a part to its terms.
+        weights: Weights of the terms in the sum whose gradient is wanted.
+        parts: Indices of each part's groups, see :func:`interleaved_parts`.
+        player: In whose parameters.
+        total: A gradient to add it to.
+
+    Returns:
+        The terms and the total gradient, of this process, without a graph; no total where there was
+        none and there are no parts.
+    """
+    terms = next(iter(player.parameters.values())).new_zeros(len(weights))
+    gradient = total if len(parts) == 1 else None  # parts are summed first: as the batch would be
+    for part in parts:
+        values = torch.stack(evaluate(part)).to(terms.dtype)
+        gradient = player.gradient(values @ values.new_tensor(weights), onto=gradient)
+        terms += values.detach()
+        del values  # and its graph, before the next is made
+    if len(parts) > 1 and total is not None and gradient is not None:
+        return terms, total.add_(gradient)
+    return terms, total if gradient is None else gradient

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 
+from lightning_mmd import ClassifierFeatures
 from lightning_mmd.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+EVERY = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+CLASSIFIERS = [name for name in EVERY if name.startswith("features_")]
+NAMES = [name for name in EVERY if name not in CLASSIFIERS]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +49,9 @@ def made_data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_trains(name, made_data, tmp_path, monkeypatch):
+@pytest.fixture
+def made_cifar10(monkeypatch):
+    """Let torchvision take the random images for CIFAR-10."""
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
@@ -55,12 +59,29 @@ def test_config_trains(name, made_data, tmp_path, monkeypatch):
         pairs = [(file, None) for file, _ in getattr(CIFAR10, split)]
         monkeypatch.setattr(CIFAR10, split, pairs)
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_trains(name, made_data, made_cifar10, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.fast_dev_run=1"]
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     if "root" in config["data"]["init_args"]:
         arguments.append(f"--data.init_args.root={made_data}")
     main([*arguments, "--data.init_args.batch_size=16"])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_trains(name, made_data, made_cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.max_epochs=1", f"--data.init_args.root={made_data}"]
+    options += ["--data.init_args.batch_size=16", "--trainer.limit_train_batches=2"]
+    main(["classifier", "--config", str(CONFIGS / f"{name}.yaml"), *options])
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    features = ClassifierFeatures(config["output"])
+    images = torch.rand(2, *config["model"]["sample_shape"])
+    assert features(images).shape == (2, config["model"]["num_features"])
+    assert f"of the test images right: {config['output']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ import torch
 from lightning_mmd.callbacks import SampleGrid
 from lightning_mmd.module import MMDGAN
 
-__all__ = ["check_checkpoint", "sample"]
+__all__ = ["check_checkpoint", "load_model", "sample"]
 
 
 def sample(
@@ -32,24 +32,37 @@ def sample(
             range of both axes, by default what holds them all.
         seed: Of the latents.
     """
-    check_checkpoint(ckpt_path)
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}.")
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must be a .png file, got {output}.")
-    try:
-        model = MMDGAN.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
-    except TypeError as error:
-        raise ValueError(
-            f"{ckpt_path} does not say how its networks are built, because they were made in "
-            "Python. Load it there: MMDGAN.load_from_checkpoint(path, generator=..., critic=...)."
-        ) from error
+    model = load_model(ckpt_path)
     grid = SampleGrid(
         num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
     )
     grid.save(grid.draw(model.sample(num, model.fixed_latents(num, seed))), output)
     weights = "" if model.averaged_generator is None else " (averaged weights)"
     print(f"{num} samples{weights}: {output}")
+
+
+def load_model(path: Path) -> MMDGAN:
+    """Read a model from a checkpoint.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of ours, or its networks were made in Python.
+    """
+    check_checkpoint(path)
+    try:
+        return MMDGAN.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} does not say how its networks are built, because they were made in Python. "
+            "Load it there: MMDGAN.load_from_checkpoint(path, generator=..., critic=...)."
+        ) from error
 
 
 def check_checkpoint(path: str | Path) -> None:

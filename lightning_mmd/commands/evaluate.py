@@ -1,0 +1,148 @@
+"""Score a checkpoint against held-out data: FID, KID, precision, recall and MMD^2."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.commands.sample import load_model
+from lightning_mmd.data import SampleDataModule
+from lightning_mmd.feature_metrics import FeatureMetrics
+from lightning_mmd.kernels import Kernel, RationalQuadratic, SumKernel
+from lightning_mmd.latents import as_inputs, select
+from lightning_mmd.metrics import MaximumMeanDiscrepancy
+from lightning_mmd.module import MMDGAN
+
+__all__ = ["evaluate", "pixel_kernel", "score"]
+
+_ORDER = ("fid", "kid", "kid_std", "precision", "recall", "mmd2")
+
+
+def evaluate(
+    ckpt_path: Path,
+    data: SampleDataModule,
+    features: nn.Module,
+    num: int = 10_000,
+    split: Literal["validation", "test"] = "test",
+    output: Path | None = None,
+    batch_size: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score samples of a checkpoint against held-out data; beside each score, that of real data.
+
+    Args:
+        ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote; averaged weights are used where it
+            has any.
+        data: The data module.
+        features: Network that embeds images, for example ``ClassifierFeatures``,
+            ``TorchvisionFeatures`` or ``InceptionFeatures``. It should be one that training has not
+            seen.
+        num: Samples and real images to compare, >= 4; the held-out images may be fewer.
+        split: Which images to compare with. Choose between trainings on ``validation``, and report
+            ``test`` once.
+        output: A JSON file of everything that is printed.
+        batch_size: Samples at a time, >= 1.
+        seed: Of the latents and of KID's subsets.
+
+    Returns:
+        Scores, floors, and what they were measured with.
+    """
+    if num < 4 or batch_size < 1:
+        raise ValueError(
+            f"--num must be at least 4 and --batch_size at least 1, got {num} and {batch_size}."
+        )
+    model = load_model(ckpt_path)
+    data.prepare_data()
+    data.setup("test")
+    held_out = _take(data.test_dataloader() if split == "test" else data.val_dataloader(), num)
+    # As many training images as samples: the floor has the same bias as the scores.
+    training = _take(data.train_dataloader(), num)
+    samples = torch.cat(list(_samples(model, len(training), batch_size, seed)))
+    if samples.shape[1:] != held_out.shape[1:]:
+        raise ValueError(
+            f"the model makes samples of shape {tuple(samples.shape[1:])}, but the data are "
+            f"{tuple(held_out.shape[1:])}. Give --data what the model was trained on."
+        )
+    scores = score(held_out, samples, features, batch_size, seed)
+    floors = score(held_out, training, features, batch_size, seed)
+    report = {
+        "checkpoint": str(ckpt_path),
+        "data": type(data).__name__,
+        "split": split,
+        "features": type(features).__name__,
+        "num_real": len(held_out),
+        "num_samples": len(samples),
+        "seed": seed,
+        "averaged": model.averaged_generator is not None,
+        "scores": scores,
+        "floors": floors,
+    }
+    print(table(report))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def score(
+    real: Tensor, fake: Tensor, features: nn.Module, batch_size: int, seed: int
+) -> dict[str, float]:
+    """Return FID, KID, precision and recall in features, and MMD^2 of the images themselves.
+
+    Args:
+        real: Real samples (n, ...).
+        fake: Samples to judge, (m, ...).
+        features: Network from samples to features.
+        batch_size: Samples at a time.
+        seed: Of KID's subsets.
+    """
+    embedded = FeatureMetrics(features, seed=seed)
+    plain = MaximumMeanDiscrepancy(pixel_kernel(real))
+    for samples, is_real in ((real, True), (fake, False)):
+        for part in samples.split(batch_size):
+            embedded.update(part, real=is_real)
+            plain.update(part, real=is_real)
+    values = {**embedded.compute(), "mmd2": plain.compute()}
+    return {name: float(values[name]) for name in _ORDER if name in values}
+
+
+def pixel_kernel(samples: Tensor) -> Kernel:
+    """Return the sum of rational quadratic kernels of width sqrt(d) on samples of d numbers."""
+    width = math.sqrt(samples[0].numel())
+    return SumKernel([RationalQuadratic(a, bandwidth=width) for a in (0.2, 0.5, 1.0, 2.0, 5.0)])
+
+
+def table(report: dict[str, Any]) -> str:
+    """Lay a report out: a row a score."""
+    averaged = " of averaged weights" if report["averaged"] else ""
+    lines = [
+        f"{report['num_samples']} samples{averaged} against {report['num_real']} {report['split']} "
+        f"images; features: {report['features']}",
+        f"{'':10}{'samples':>12}{'real images':>14}",
+    ]
+    for name, value in report["scores"].items():
+        lines.append(f"{name:10}{value:12.4g}{report['floors'][name]:14.4g}")
+    if "fid" not in report["scores"]:
+        lines.append("no FID: it needs 2000 images on each side")
+    return "\n".join(lines)
+
+
+def _take(batches: Iterable[Any], num: int) -> Tensor:
+    """Return the first samples of a loader, without their labels."""
+    parts: list[Tensor] = []
+    for batch in batches:
+        parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        if sum(map(len, parts)) >= num:
+            break
+    return torch.cat(parts)[:num]
+
+
+def _samples(model: MMDGAN, num: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    latents = as_inputs(model.fixed_latents(num, seed))
+    for start in range(0, num, batch_size):
+        part = select(latents, slice(start, start + batch_size))
+        yield model.sample(len(part[0]), latents=part)
