@@ -1,6 +1,5 @@
 """Streaming, multi-process metrics between real and fake samples."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.passes import copy_network
 
 __all__ = ["MaximumMeanDiscrepancy"]
 
@@ -89,7 +89,7 @@ class MaximumMeanDiscrepancy(Metric):
         self.reset_real_samples = reset_real_samples
         # A tuple hides the copy from nn.Module: it is no submodule, so it has no parameters here.
         self._features = (
-            () if features is None else (copy.deepcopy(features).eval().requires_grad_(False),)
+            () if features is None else (copy_network(features).eval().requires_grad_(False),)
         )
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("fake", default=[], dist_reduce_fx="cat")

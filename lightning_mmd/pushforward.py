@@ -260,8 +260,13 @@ class Pushforward:
             Values of shape (n,) and a vector of shape (P,).
         """
         values = f(self._samples)
-        gradients = torch.autograd.grad(
-            values.mean(), list(self._leaves.values()), create_graph=True, materialize_grads=True
+        weights = torch.full_like(values, 1 / len(values), requires_grad=True)
+        gradients = torch.autograd.grad(  # weights: see penalties._mean_gradients
+            values,
+            list(self._leaves.values()),
+            weights,
+            create_graph=True,
+            materialize_grads=True,
         )
         return values, flatten(gradients)
 

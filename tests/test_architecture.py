@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
     "batches": 1,
+    "critic_warnings": 1,
     "kernels": 1,
     "latents": 1,
     "objectives": 1,
