@@ -242,6 +242,29 @@ class MMDGAN(LightningModule):
 
     # Training
 
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse arguments of the Trainer that the model has its own of.
+
+        Raises:
+            ValueError: If the trainer accumulates or clips gradients.
+        """
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not for "
+                "MMDGAN, whose penalties and witness are those of the whole batch. Take the large "
+                "batch in the data, and evaluate it in parts: "
+                f"MMDGAN(micro_batches={trainer.accumulate_grad_batches})."
+            )
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) is not for MMDGAN, which "
+                "moves two networks. Clip each one's gradient: "
+                f"MMDGAN(generator_clip_norm={trainer.gradient_clip_val}, "
+                f"critic_clip_norm={trainer.gradient_clip_val})."
+            )
+        return []
+
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard, leave the step uncompiled, forget an old average.
 
@@ -413,11 +436,14 @@ class MMDGAN(LightningModule):
             "beta, and go on from a checkpoint of well before this update."
         )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the critic's gap between held-out data and fresh samples, as ``val/gap``."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the critic's gap between held-out data and fresh samples, as ``val/gap``.
+
+        Of several loaders each has its own: ``val/gap/dataloader_idx_1``.
+        """
         self._log_gap("val", batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the critic's gap between test data and fresh samples, as ``test/gap``."""
         self._log_gap("test", batch, batch_idx)
 
@@ -436,7 +462,8 @@ class MMDGAN(LightningModule):
             gap = self.rule.gap(self.critic, game.target(z), (fake, *z[1:]))
         self.log(f"{stage}/gap", gap, batch_size=num, sync_dist=True)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("step", float(self.trainer.global_step))
+            step = float(self.trainer.global_step)
+            self.log("step", step, batch_size=num, add_dataloader_idx=False)
 
     # Optimizers
 

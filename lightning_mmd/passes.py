@@ -19,6 +19,7 @@ __all__ = [
     "buffers_kept",
     "copy_network",
     "counter_seed",
+    "embed",
     "evaluating",
     "frozen_power_iterations",
     "full_precision",
@@ -151,6 +152,13 @@ def copy_network(network: Network) -> Network:
     finally:
         for values, name, value in computed:
             values[name] = value
+
+
+def embed(features: nn.Module, samples: Tensor) -> Tensor:
+    """Return features of samples, on the samples' device and in the features' own precision."""
+    own = next((p for p in features.parameters() if p.is_floating_point()), None)
+    features = features.to(samples.device)
+    return features(samples if own is None else samples.to(own.dtype))
 
 
 def spectral_norms(network: nn.Module) -> list[tuple[str, nn.Module]]:

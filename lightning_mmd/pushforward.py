@@ -11,7 +11,7 @@ the package differentiates through a generator:
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -121,8 +121,10 @@ class Pushforward:
         inputs: What the generator was called with, a tuple.
 
     Raises:
-        TypeError: If the generator does not return a tensor.
-        ValueError: If it does not return one row for each latent, or has no parameter of a name.
+        TypeError: If the generator is no module, or does not return a tensor.
+        ValueError: If it does not return one row for each latent, has no parameter of a name, or
+            uses a parameter by another way than as an attribute of a module: in a plain list, a
+            closure or a partial function.
 
     Example:
         >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
@@ -139,6 +141,11 @@ class Pushforward:
         reuse: bool = False,
         record: Replay | None = None,
     ) -> None:
+        if not isinstance(generator, nn.Module):
+            raise TypeError(
+                f"the generator must be a torch.nn.Module, got {type(generator).__name__}. Hand in "
+                "the module itself; labels go beside latents, z=(latents, labels)."
+            )
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
         self.inputs = tuple(part.detach() for part in as_inputs(z))
@@ -162,6 +169,10 @@ class Pushforward:
                 else record(*self.inputs, replacements=values)
             )
         check_samples(generator, self._samples, len(self.inputs[0]))
+        live = all(p.data_ptr() == own[n].data_ptr() for n, p in parameters.items())
+        if record is None and live and parameters and generator not in _reached:
+            _refuse_unreached(self, {n: own[n] for n in parameters})
+            _reached.add(generator)
         self._power_iterations = {
             key: buffer.clone()
             for name, module in spectral_norms(generator)
@@ -473,6 +484,62 @@ def parametric_tangent(
             f"each generator parameter, got {tuple(v.shape)}."
         )
     return push.samples, push.tangent(v)
+
+
+def _refuse_unreached(push: Pushforward, own: Mapping[str, Tensor]) -> None:
+    """Compare with a gradient of the generator as it is called, once for each generator.
+
+    `functional_call` replaces parameters where modules hold them as attributes. One that is used
+    through a plain list, a closure or a partial function keeps its old value, and its gradient
+    would be taken as zero.
+
+    Raises:
+        ValueError: If a parameter is not reached.
+    """
+    toggled = [p for p in own.values() if not p.requires_grad]
+    for p in toggled:
+        p.requires_grad_()
+    try:
+        with torch.enable_grad(), full_precision(push.samples.device):
+            plain, again = (push.record(*push.inputs) for _ in range(2))
+        if not plain.requires_grad:
+            return
+        weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+        weights = weights.to(plain.dtype).to(plain.device)
+        expected, found = (
+            torch.autograd.grad(x, leaves, weights, retain_graph=True, allow_unused=True)
+            if x.requires_grad
+            else [None] * len(leaves)
+            for x, leaves in (
+                (plain, list(own.values())),
+                (push._samples, list(push._leaves.values())),
+            )
+        )
+    finally:
+        for p in toggled:
+            p.requires_grad_(False)
+    same = torch.equal(plain, again)  # else only what is missing altogether can be told
+    missed = [
+        name
+        for name, e, f in zip(own, expected, found, strict=True)
+        if e is not None and bool(e.any()) and (f is None or (same and _differ(e, f)))
+    ]
+    if missed:
+        raise ValueError(
+            f"the generator {type(push.generator).__name__} uses the parameters {missed} by "
+            "another way than as attributes of a module (a plain Python list, a closure, "
+            "functools.partial), where no derivative reaches them: they would pass for unused. "
+            "Keep them in a torch.nn.ParameterList or ModuleList, or look them up by self.name in "
+            "forward."
+        )
+
+
+def _differ(expected: Tensor, found: Tensor) -> bool:
+    """Whether two gradients differ by more than rounding."""
+    return bool((expected - found).norm() > torch.finfo(found.dtype).eps ** 0.25 * expected.norm())
+
+
+_reached: WeakSet[nn.Module] = WeakSet()
 
 
 def check_samples(generator: nn.Module, samples: Tensor, num: int) -> None:

@@ -20,6 +20,7 @@ FLOORS = {
     "parameters": 1,
     "passes": 1,
     "verdicts": 1,
+    "wide": 1,
     "estimators": 2,
     "features": 2,
     "game": 2,

@@ -25,6 +25,7 @@ from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import evaluating
 from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
+from lightning_mmd.wide import at_least_float32, widen
 
 __all__ = ["ConvergenceMonitor"]
 
@@ -156,7 +157,7 @@ class ConvergenceMonitor(GeneratorCadence):
                 f"ConvergenceMonitor needs at least 10 training images, got {len(images)}."
             )
         module = self._watched()
-        self._real = images.to(module.device)
+        self._real = at_least_float32(images).to(module.device)
         self._range.real(self._real)
         flat = self._real.flatten(1)
         self._kernel = self.kernel or Gaussian(median_bandwidth(flat))
@@ -189,6 +190,7 @@ class ConvergenceMonitor(GeneratorCadence):
         seed = random.Random(f"convergence {self.seed} {step}").getrandbits(32)
         inputs = model.fixed_latents(self.num_samples, seed)
         fake = self._range.generated(model.sample(inputs))
+        self._dtype = fake.dtype  # what the critic takes
         points = torch.cat([self._real, fake.to(self._real.dtype)])
         values = self._evaluate(points, inputs[1:])
         return Before(inputs, points, values, self._mmd2(fake))
@@ -206,7 +208,7 @@ class ConvergenceMonitor(GeneratorCadence):
                 change = float((after - before.values).std()) / max(sizes, 1e-30)
         gradient = trainer.callback_metrics.get("generator/gradient_norm")
         parameters = self._network.parameters()
-        theta = torch.cat([p.detach().flatten().double().cpu() for p in parameters])
+        theta = torch.cat([widen(p.detach().flatten()).cpu() for p in parameters])
         entry = {
             "mmd2": look.mmd2,
             "descent": descent,
@@ -254,6 +256,7 @@ class ConvergenceMonitor(GeneratorCadence):
         if self.critic is None:
             return None
         module = self._watched()
+        points = points.to(self._dtype)
         critic, num = module.get_submodule(self.critic), len(self._real)
         halves = slice(0, num), slice(num, None)
         with evaluating(critic):
@@ -265,7 +268,7 @@ class ConvergenceMonitor(GeneratorCadence):
             if isinstance(module, MMDGAN):  # its critic may return embeddings
                 real, fake = ((points[part], *(y[part] for y in labels)) for part in halves)
                 values = module.rule.witness(critic, real, fake)
-                return evaluate_critic(values, points, *labels).double()
+                return widen(evaluate_critic(values, points, *labels))
             try:
                 output = critic(points, *labels)
             except Exception as error:
@@ -276,7 +279,7 @@ class ConvergenceMonitor(GeneratorCadence):
                     f"{str(error).rstrip('.')}. Let fixed_latents return (latents, *labels) as the "
                     "critic takes them after the samples, or set critic=None."
                 ) from error
-            return read_values(self, self.critic, output, len(points), self.critic_values).double()
+            return widen(read_values(self, self.critic, output, len(points), self.critic_values))
 
     def _mmd2(self, fake: Tensor) -> float:
         flat = self._real.flatten(1)
@@ -298,4 +301,4 @@ class ConvergenceMonitor(GeneratorCadence):
 
 
 def _mean_distance(points: Tensor) -> float:
-    return float(torch.pdist(points.flatten(1).double()).mean())
+    return float(torch.pdist(widen(points.flatten(1))).mean())

@@ -18,7 +18,8 @@ from lightning_mmd.callbacks.loggers import send_scalars
 from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import relative_similarity_test
-from lightning_mmd.passes import copy_network
+from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.wide import at_least_float32
 
 __all__ = ["RelativeTestLR"]
 
@@ -182,7 +183,8 @@ class RelativeTestLR(GeneratorCadence):
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        return images if self.features is None else self.features.to(images.device)(images)
+        images = images if self.features is None else embed(self.features, images)
+        return at_least_float32(images)
 
     def state_dict(self) -> dict[str, Any]:
         history = [dict(entry) for entry in self.history]
