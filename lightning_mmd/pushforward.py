@@ -27,6 +27,7 @@ from lightning_mmd.passes import (
     spectral_norms,
     unfused_attention,
 )
+from lightning_mmd.reach import unreached
 
 __all__ = [
     "DerivativeFallbackWarning",
@@ -171,13 +172,36 @@ class Pushforward:
         check_samples(generator, self._samples, len(self.inputs[0]))
         live = all(p.data_ptr() == own[n].data_ptr() for n, p in parameters.items())
         if record is None and live and parameters and generator not in _reached:
-            _refuse_unreached(self, {n: own[n] for n in parameters})
-            _reached.add(generator)
+            self._check_reach({n: own[n] for n in parameters})
         self._power_iterations = {
             key: buffer.clone()
             for name, module in spectral_norms(generator)
             for key, buffer in module.named_buffers(name, recurse=False)
         }
+
+    def _check_reach(self, own: Mapping[str, Tensor]) -> None:
+        """Compare with a gradient of the generator as it is called, once for each generator."""
+        _reached.add(self.generator)
+        toggled = [p for p in own.values() if not p.requires_grad]
+        for p in toggled:
+            p.requires_grad_()
+        try:
+            with torch.enable_grad(), full_precision(self._samples.device):
+                plain, again = (self.record(*self.inputs) for _ in range(2))
+            reached = (self._samples, list(self._leaves.values()))
+            missed = unreached((plain, again), own, reached)
+        finally:
+            for p in toggled:
+                p.requires_grad_(False)
+        if missed:
+            _reached.discard(self.generator)
+            raise ValueError(
+                f"the generator {type(self.generator).__name__} uses the parameters {missed} by "
+                "another way than as attributes of a module (a plain Python list, a closure, "
+                "functools.partial), where no derivative reaches them: they would pass for unused. "
+                "Keep them in a torch.nn.ParameterList or ModuleList, or look them up by self.name "
+                "in forward."
+            )
 
     @property
     def samples(self) -> Tensor:
@@ -402,6 +426,7 @@ _ROUTE_NOTES = {
     _central_difference: "a central difference (APPROXIMATE: relative error 1e-3 to 1e-5 for "
     "smooth networks in float32, useless for ReLU-like ones)",
 }
+_reached: WeakSet[nn.Module] = WeakSet()
 _failed_routes: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary()
 
 
@@ -484,62 +509,6 @@ def parametric_tangent(
             f"each generator parameter, got {tuple(v.shape)}."
         )
     return push.samples, push.tangent(v)
-
-
-def _refuse_unreached(push: Pushforward, own: Mapping[str, Tensor]) -> None:
-    """Compare with a gradient of the generator as it is called, once for each generator.
-
-    `functional_call` replaces parameters where modules hold them as attributes. One that is used
-    through a plain list, a closure or a partial function keeps its old value, and its gradient
-    would be taken as zero.
-
-    Raises:
-        ValueError: If a parameter is not reached.
-    """
-    toggled = [p for p in own.values() if not p.requires_grad]
-    for p in toggled:
-        p.requires_grad_()
-    try:
-        with torch.enable_grad(), full_precision(push.samples.device):
-            plain, again = (push.record(*push.inputs) for _ in range(2))
-        if not plain.requires_grad:
-            return
-        weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
-        weights = weights.to(plain.dtype).to(plain.device)
-        expected, found = (
-            torch.autograd.grad(x, leaves, weights, retain_graph=True, allow_unused=True)
-            if x.requires_grad
-            else [None] * len(leaves)
-            for x, leaves in (
-                (plain, list(own.values())),
-                (push._samples, list(push._leaves.values())),
-            )
-        )
-    finally:
-        for p in toggled:
-            p.requires_grad_(False)
-    same = torch.equal(plain, again)  # else only what is missing altogether can be told
-    missed = [
-        name
-        for name, e, f in zip(own, expected, found, strict=True)
-        if e is not None and bool(e.any()) and (f is None or (same and _differ(e, f)))
-    ]
-    if missed:
-        raise ValueError(
-            f"the generator {type(push.generator).__name__} uses the parameters {missed} by "
-            "another way than as attributes of a module (a plain Python list, a closure, "
-            "functools.partial), where no derivative reaches them: they would pass for unused. "
-            "Keep them in a torch.nn.ParameterList or ModuleList, or look them up by self.name in "
-            "forward."
-        )
-
-
-def _differ(expected: Tensor, found: Tensor) -> bool:
-    """Whether two gradients differ by more than rounding."""
-    return bool((expected - found).norm() > torch.finfo(found.dtype).eps ** 0.25 * expected.norm())
-
-
-_reached: WeakSet[nn.Module] = WeakSet()
 
 
 def check_samples(generator: nn.Module, samples: Tensor, num: int) -> None:
