@@ -40,19 +40,7 @@ class BatchParts:
         Raises:
             TypeError: If the samples are not such a tensor, or a dictionary lacks the key.
         """
-        if isinstance(batch, Mapping):
-            if self.samples not in batch:
-                raise TypeError(
-                    f"a batch is a dictionary with the keys {sorted(map(str, batch))}, and none of "
-                    f"them is {self.samples!r}. Name the one that holds the samples: "
-                    "batch=BatchParts(samples='...')."
-                )
-            samples, labels = batch[self.samples], batch.get(self.labels)
-        elif isinstance(batch, (tuple, list)):
-            samples = _at(batch, self.samples)
-            labels = _at(batch, self.labels)
-        else:
-            samples, labels = batch, None
+        samples, labels = self._take(batch)
         if not isinstance(samples, Tensor) or not samples.is_floating_point():
             kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
             raise TypeError(
@@ -61,6 +49,36 @@ class BatchParts:
                 "[-1, 1]; or say where the samples stand: batch=BatchParts(samples=...)."
             )
         return (samples, labels) if isinstance(labels, Tensor) else (samples,)
+
+    def find(self, batch: Any) -> Tensor:
+        """Return what stands where the samples are, of any dtype.
+
+        Args:
+            batch: What a loader yields.
+
+        Raises:
+            TypeError: If that is no tensor, or a dictionary lacks the key.
+        """
+        samples, _ = self._take(batch)
+        if not isinstance(samples, Tensor):
+            raise TypeError(
+                f"a batch holds {type(samples).__name__} where its samples should be. Say where "
+                "they stand: batch=BatchParts(samples=...)."
+            )
+        return samples
+
+    def _take(self, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, Mapping):
+            if self.samples not in batch:
+                raise TypeError(
+                    f"a batch is a dictionary with the keys {sorted(map(str, batch))}, and none of "
+                    f"them is {self.samples!r}. Name the one that holds the samples: "
+                    "batch=BatchParts(samples='...')."
+                )
+            return batch[self.samples], batch.get(self.labels)
+        if isinstance(batch, (tuple, list)):
+            return _at(batch, self.samples), _at(batch, self.labels)
+        return batch, None
 
 
 def _at(batch: Any, position: int | str | None) -> Any:

@@ -94,18 +94,14 @@ class Split(Estimator):
             raise ValueError(f"Split needs share in (0, 1), got {self.share}.")
 
     def groups(self, num: int) -> tuple[slice, ...]:
-        """Return two groups; with the default share they must be halves."""
-        if self.share == 0.5 and num % 2:
+        """Return two groups, of one latent at least; halves by default, as nearly as may be."""
+        if num < 2:
             raise ValueError(
-                f"the estimator Split needs an even number of latents, got {num}. Use an even "
-                "batch size, another share, or the estimator Batch."
+                f"the estimator Split needs at least 2 latents to split, got {num}. Use a larger "
+                "batch, the estimator Batch, or drop_last=True in the loader where only the last "
+                "batch of an epoch is so small."
             )
-        first = round(self.share * num)
-        if not 0 < first < num:
-            raise ValueError(
-                f"the estimator Split(share={self.share}) leaves one part of {num} latents empty. "
-                "Use a larger batch or a share nearer to 0.5."
-            )
+        first = min(max(round(self.share * num), 1), num - 1)
         return slice(0, first), slice(first, num)
 
     def round_up(self, num: int) -> int:

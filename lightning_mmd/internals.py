@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.compile import to_uncompiled
 
 __all__ = [
+    "as_trained",
     "attached_trainer",
     "built_by_command_line",
     "callbacks_of",
@@ -44,6 +45,13 @@ def keep_hyperparameters(module: LightningModule, names: set[str]) -> None:
 def attached_trainer(module: LightningModule) -> Trainer | None:
     """Return a module's trainer, None where it has none; ``module.trainer`` would raise."""
     return cast(Trainer | None, module._trainer)
+
+
+def as_trained(trainer: Trainer, batch: Any) -> Any:
+    """Return a batch as ``training_step`` gets it: in precision, by the hooks, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

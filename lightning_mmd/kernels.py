@@ -16,6 +16,8 @@ from random import Random
 import torch
 from torch import Generator, Tensor
 
+from lightning_mmd.wide import widen
+
 __all__ = [
     "Energy",
     "Gaussian",
@@ -590,7 +592,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
     num = len(pooled)
     if num > max_samples:
         pooled = pooled[torch.arange(max_samples, device=pooled.device) * num // max_samples]
-    distances = torch.pdist(pooled.reshape(len(pooled), -1).double()) if num > 1 else x.new_empty(0)
+    distances = torch.pdist(widen(pooled.reshape(len(pooled), -1))) if num > 1 else x.new_empty(0)
     distances = distances[distances > 0]
     if len(distances) == 0:
         raise ValueError(

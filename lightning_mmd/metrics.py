@@ -1,6 +1,5 @@
 """Streaming, multi-process metrics between real and fake samples."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.wide import widen
 
 __all__ = ["MaximumMeanDiscrepancy"]
 
@@ -89,7 +90,7 @@ class MaximumMeanDiscrepancy(Metric):
         self.reset_real_samples = reset_real_samples
         # A tuple hides the copy from nn.Module: it is no submodule, so it has no parameters here.
         self._features = (
-            () if features is None else (copy.deepcopy(features).eval().requires_grad_(False),)
+            () if features is None else (copy_network(features).eval().requires_grad_(False),)
         )
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("fake", default=[], dist_reduce_fx="cat")
@@ -109,7 +110,7 @@ class MaximumMeanDiscrepancy(Metric):
             )
         with torch.no_grad():
             for features in self._features:
-                samples = features.to(samples.device)(samples)
+                samples = embed(features, samples)
         # float32 at least: half-precision samples would round the distances between them.
         samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         for seen in (*self.real[:1], *self.fake[:1]):
@@ -139,7 +140,7 @@ class MaximumMeanDiscrepancy(Metric):
         dtype = torch.promote_types(real.dtype, fake.dtype)
         estimator = mmd2_unbiased if self.unbiased else mmd2_biased
         value = estimator(real.to(dtype), fake.to(dtype), self.kernel, block_size=self.block_size)
-        return value.double()
+        return widen(value)
 
     def reset(self) -> None:
         """Forget the fake samples, and the real ones unless `reset_real_samples` is False."""

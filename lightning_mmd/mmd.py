@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mmd.kernels import Kernel
+from lightning_mmd.wide import to_like, wide_sum, widen
 
 __all__ = [
     "RelativeSimilarityTest",
@@ -130,14 +131,14 @@ def mmd2_features(phi_x: Tensor, phi_y: Tensor, *, unbiased: bool = False) -> Te
     """
     phi_x, phi_y = _paired("mmd2_features", phi_x, phi_y, min_samples=2 if unbiased else 1)
     n, m = len(phi_x), len(phi_y)
-    mean_x = phi_x.sum(0, dtype=torch.float64) / n
-    mean_y = phi_y.sum(0, dtype=torch.float64) / m
+    mean_x = wide_sum(phi_x, 0) / n
+    mean_y = wide_sum(phi_y, 0) / m
     mmd2 = (mean_x - mean_y).square().sum()
     if unbiased:
         # The variance of a mean, estimated without bias: what the diagonal terms add to ||mean||^2.
         mmd2 = mmd2 - (phi_x - mean_x).square().sum() / (n * (n - 1))
         mmd2 = mmd2 - (phi_y - mean_y).square().sum() / (m * (m - 1))
-    return mmd2.to(phi_x.dtype)
+    return to_like(mmd2, phi_x)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def two_sample_test(
         raise ValueError(f"two_sample_test needs num_permutations >= 1, got {num_permutations}.")
     n, m = len(x), len(y)
     pooled = torch.cat([x, y])
-    gram = kernel(pooled, pooled).double().fill_diagonal_(0.0)
+    gram = widen(kernel(pooled, pooled)).fill_diagonal_(0.0)
     device = gram.device if generator is None else generator.device
     order = torch.rand(num_permutations, n + m, device=device, generator=generator).argsort(1)
     order = torch.cat([torch.arange(n + m, device=device)[None], order])  # the observed one first
@@ -282,8 +283,8 @@ def relative_similarity_test(
     """
     x, y = _paired("relative_similarity_test", x, y, min_samples=2)
     x, z = _paired("relative_similarity_test", x, z, min_samples=2)
-    xy, xz = kernel(x, y).double(), kernel(x, z).double()
-    yy, zz = kernel(y, y).double(), kernel(z, z).double()
+    xy, xz = widen(kernel(x, y)), widen(kernel(x, z))
+    yy, zz = widen(kernel(y, y)), widen(kernel(z, z))
     n, m, l = len(x), len(y), len(z)  # noqa: E741
 
     # Witness values at each point, from the other points only.
@@ -351,7 +352,7 @@ def _estimate(x: Tensor, y: Tensor, kernel: Kernel, block_size: int, unbiased: b
 
     across = _reduce_blocks(_sum, kernel, list(product(x_blocks, y_blocks))) / (len(x) * len(y))
     mmd2 = mean_within(x_blocks, len(x)) + mean_within(y_blocks, len(y)) - 2 * across
-    return mmd2.to(x.dtype)
+    return to_like(mmd2, x)
 
 
 def _reduce_blocks(
@@ -370,7 +371,7 @@ def _reduce_blocks(
 
 
 def _sum(gram: Tensor) -> Tensor:
-    return gram.sum(dtype=torch.float64)
+    return wide_sum(gram)
 
 
 def _off_diagonal_sum(gram: Tensor) -> Tensor:

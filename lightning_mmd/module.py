@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mmd.batches import BatchParts
 from lightning_mmd.closed_form import ClosedForm
+from lightning_mmd.critic_warnings import warn_of_kinks
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.game import DivergedError, Game, GradientHook, Player, UpdateRule
 from lightning_mmd.internals import (
@@ -28,8 +29,7 @@ from lightning_mmd.internals import (
 )
 from lightning_mmd.latents import Inputs, Latents, as_inputs
 from lightning_mmd.parameters import plain_name
-from lightning_mmd.passes import counter_seed, evaluating, full_precision, seeded
-from lightning_mmd.penalties import warn_of_kinks
+from lightning_mmd.passes import copy_network, counter_seed, evaluating, full_precision, seeded
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
 
@@ -90,6 +90,9 @@ class MMDGAN(LightningModule):
         >>> model.sample(5).shape
         torch.Size([5, 2])
     """
+
+    saved_average: dict[str, Any] | None = None
+    """Averaged weights of the checkpoint that was loaded last; None where it has none."""
 
     def __init__(
         self,
@@ -238,6 +241,29 @@ class MMDGAN(LightningModule):
         return handle
 
     # Training
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse arguments of the Trainer that the model has its own of.
+
+        Raises:
+            ValueError: If the trainer accumulates or clips gradients.
+        """
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not for "
+                "MMDGAN, whose penalties and witness are those of the whole batch. Take the large "
+                "batch in the data, and evaluate it in parts: "
+                f"MMDGAN(micro_batches={trainer.accumulate_grad_batches})."
+            )
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) is not for MMDGAN, which "
+                "moves two networks. Clip each one's gradient: "
+                f"MMDGAN(generator_clip_norm={trainer.gradient_clip_val}, "
+                f"critic_clip_norm={trainer.gradient_clip_val})."
+            )
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard, leave the step uncompiled, forget an old average.
@@ -410,11 +436,14 @@ class MMDGAN(LightningModule):
             "beta, and go on from a checkpoint of well before this update."
         )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the critic's gap between held-out data and fresh samples, as ``val/gap``."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the critic's gap between held-out data and fresh samples, as ``val/gap``.
+
+        Of several loaders each has its own: ``val/gap/dataloader_idx_1``.
+        """
         self._log_gap("val", batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the critic's gap between test data and fresh samples, as ``test/gap``."""
         self._log_gap("test", batch, batch_idx)
 
@@ -433,7 +462,8 @@ class MMDGAN(LightningModule):
             gap = self.rule.gap(self.critic, game.target(z), (fake, *z[1:]))
         self.log(f"{stage}/gap", gap, batch_size=num, sync_dist=True)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("step", float(self.trainer.global_step))
+            step = float(self.trainer.global_step)
+            self.log("step", step, batch_size=num, add_dataloader_idx=False)
 
     # Optimizers
 
@@ -489,6 +519,8 @@ class MMDGAN(LightningModule):
             "rule": self._rule_as_given,
             "rule_state": self.rule.state_dict(),
         }
+        if self.averaged_generator is not None:
+            checkpoint["mmdgan"]["average"] = self.averaged_generator.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters, the rule's state and averaged weights.
@@ -512,11 +544,12 @@ class MMDGAN(LightningModule):
         self.cumulative_lr = state["cumulative_lr"]
         self._generator_metrics = dict(state["generator_metrics"])
         self.rule.load_state_dict(state["rule_state"])
+        self.saved_average = state.get("average")
         trainer = attached_trainer(self)
         trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        if "averaged_generator" in checkpoint and not trains:  # in training the callback's affair
-            average = copy.deepcopy(self.generator)
-            average.load_state_dict(checkpoint["averaged_generator"])
+        if self.saved_average is not None and not trains:  # in training it is for who averages
+            average = copy_network(self.generator)
+            average.load_state_dict(self.saved_average)
             self.sample_with(average)
 
     def _check_rule(self, trained_by: str) -> None:

@@ -1,10 +1,11 @@
 """Forward passes that leave no trace or are repeated, and random numbers from counters."""
 
+import copy
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 __all__ = [
     "Replay",
     "buffers_kept",
+    "copy_network",
     "counter_seed",
+    "embed",
     "evaluating",
     "frozen_power_iterations",
     "full_precision",
@@ -118,6 +121,44 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def copy_network(network: Network) -> Network:
+    """Return a deep copy of a network.
+
+    Weights that a hook computes anew before each call (``torch.nn.utils.weight_norm``, the older
+    ``spectral_norm``) hang on a graph, which ``copy.deepcopy`` refuses; they are copied as values.
+
+    Args:
+        network: The network.
+
+    Returns:
+        A copy that shares no tensor with it.
+    """
+    computed = [
+        (values, name, value)
+        for module in network.modules()
+        for values in (vars(module), module._buffers)
+        for name, value in list(values.items())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for values, name, value in computed:
+        values[name] = value.detach()
+    try:
+        return copy.deepcopy(network)
+    finally:
+        for values, name, value in computed:
+            values[name] = value
+
+
+def embed(features: nn.Module, samples: Tensor) -> Tensor:
+    """Return features of samples, on the samples' device and in the features' own precision."""
+    own = next((p for p in features.parameters() if p.is_floating_point()), None)
+    features = features.to(samples.device)
+    return features(samples if own is None else samples.to(own.dtype))
 
 
 def spectral_norms(network: nn.Module) -> list[tuple[str, nn.Module]]:

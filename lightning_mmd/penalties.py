@@ -1,16 +1,15 @@
 r"""Penalties of a trained critic: parametric gradient, RKHS norm, input gradient."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_warnings import warn_of_kinks, warn_of_sigmoid
 from lightning_mmd.estimators import Batch, Estimator
 from lightning_mmd.latents import Inputs, as_inputs, select
 from lightning_mmd.parameters import refuse_shared_parameters
@@ -30,24 +29,18 @@ from lightning_mmd.pushforward import (
 
 __all__ = [
     "Held",
-    "KinkedCriticWarning",
     "Method",
     "PenalisedCritic",
     "critic_terms",
     "hold",
     "input_gradient_penalty",
+    "joint_penalty",
     "parametric_gradient_penalty",
     "penalised_critic",
     "rkhs_norm_penalty",
-    "warn_of_kinks",
 ]
 
 Method = Literal["forward", "double_backward", "finite_difference"]
-_KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
-
-
-class KinkedCriticWarning(UserWarning):
-    """Automatic differentiation loses the kinks' part of a gradient penalty's gradient."""
 
 
 class PenalisedCritic(NamedTuple):
@@ -215,6 +208,65 @@ def penalised_critic(
         return PenalisedCritic(penalty, torch.cat([*other_values, values]), v)
 
 
+def joint_penalty(
+    groups: Sequence[Sequence[Pushforward]],
+    values: Callable[[int, Sequence[Tensor]], Tensor],
+    *,
+    estimator: Estimator,
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
+    r"""Penalty of a critic that sees the outputs of several calls of a generator.
+
+    .. math:: \Big\| \nabla_\theta \frac1N \sum_i f_i(x_1, x_2, \ldots) \Big\|^2, \qquad
+        x_k = G_\theta(z_k)
+
+    where each value may depend on all outputs and on whatever else the critic is given. With one
+    call and values f(x_i) it is `parametric_gradient_penalty`.
+
+    Args:
+        groups: For each of the estimator's groups, the pushforwards of the generator's calls.
+        values: From the number of a group, and samples of its calls, to values of shape (N,).
+        estimator: See `parametric_gradient_penalty`.
+        mean: See there.
+
+    Returns:
+        Scalar, with the gradient in the critic's parameters.
+
+    Raises:
+        RuntimeError: If a layer of the critic has no second derivative.
+    """
+    direction = estimator.direction
+    with torch.enable_grad(), full_precision(groups[0][0].samples.device), unfused_attention():
+        for number, pushes in enumerate(groups[:-1]):
+            if direction is None:
+                cs = _slopes(values, number, [push.samples for push in pushes])
+                direction = mean(_pull_back(pushes, cs))
+        pushes = groups[-1]
+        cs = _slopes(values, len(groups) - 1, [push.samples for push in pushes], create_graph=True)
+        refuse_once_differentiable(cs)
+        v = mean(_pull_back(pushes, cs)) if direction is None else direction
+        slope = torch.stack(
+            [(c * push.tangent(v)).sum() for c, push in zip(cs, pushes, strict=True)]
+        ).sum()
+        return estimator.value(slope, v, lambda: mean(slope.detach().reshape(1)).reshape(()))
+
+
+def _slopes(
+    values: Callable[[int, Sequence[Tensor]], Tensor],
+    number: int,
+    samples: list[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    xs = [x.requires_grad_() for x in samples]
+    f = values(number, xs)
+    return _mean_gradients(f, xs, create_graph=create_graph)
+
+
+def _pull_back(pushes: Sequence[Pushforward], cs: Sequence[Tensor]) -> Tensor:
+    parts = [push.cotangent(c.detach()) for push, c in zip(pushes, cs, strict=True)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
 _Slope = tuple[Tensor, Tensor, Tensor]
 """<v, L f> with v held, critic values, and v."""
 
@@ -269,9 +321,23 @@ _METHODS = {
 
 
 def _mean_gradient(values: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
+    return _mean_gradients(values, [x], create_graph=create_graph)[0]
+
+
+def _mean_gradients(
+    values: Tensor, xs: Sequence[Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the mean of values, as functions of the critic's parameters.
+
+    The weights 1 / n require a gradient, so that a last layer that is differentiable once only does
+    not pass for a constant.
+    """
+    weights = torch.full_like(values, 1 / len(values), requires_grad=create_graph)
+    if create_graph:
+        warn_of_sigmoid(values)
     return torch.autograd.grad(
-        values.mean(), x, create_graph=create_graph, retain_graph=True, materialize_grads=True
-    )[0]
+        values, xs, weights, create_graph=create_graph, retain_graph=True, materialize_grads=True
+    )
 
 
 def _check_direction(direction: Tensor | None, push: Pushforward) -> Tensor | None:
@@ -283,36 +349,6 @@ def _check_direction(direction: Tensor | None, push: Pushforward) -> Tensor | No
             f"parameter, got {tuple(direction.shape)}."
         )
     return direction.detach()
-
-
-def warn_of_kinks(critic: nn.Module) -> None:
-    """Warn once a critic that its ReLU-like layers make gradient penalties inconsistent.
-
-    The gradient of a penalty on grad f contains the jumps of grad f at the kinks, which automatic
-    differentiation does not see: biases get exactly zero, and the error in the whole gradient is
-    around 60 % (0.1 % for SiLU).
-
-    Args:
-        critic: The module.
-
-    Warns:
-        KinkedCriticWarning: If it holds ReLU, LeakyReLU or another piecewise-linear activation.
-    """
-    if critic in _warned:
-        return
-    _warned.add(critic)
-    kinked = sorted({type(m).__name__ for m in critic.modules() if isinstance(m, _KINKED)})
-    if kinked:
-        warnings.warn(
-            f"the critic {type(critic).__name__} holds {', '.join(kinked)}: automatic "
-            "differentiation misses the kinks' part of a gradient penalty's gradient (about 60 %). "
-            "Use SiLU, GELU or Softplus.",
-            KinkedCriticWarning,
-            stacklevel=2,
-        )
-
-
-_warned: WeakSet[nn.Module] = WeakSet()
 
 
 def critic_terms(
@@ -445,6 +481,7 @@ def input_gradient_penalty(
 
     Raises:
         ValueError: If the shapes differ or ``target`` is negative.
+        RuntimeError: If a layer of the critic has no second derivative.
 
     Source:
         Gulrajani et al., arXiv 1704.00028, equation 3; Mescheder et al., arXiv 1801.04406 (R1).
@@ -463,7 +500,9 @@ def input_gradient_penalty(
     x.requires_grad_()
     with torch.enable_grad(), full_precision(x.device), unfused_attention():
         values = evaluate_critic(critic, x)
-        (slopes,) = torch.autograd.grad(values.sum(), x, create_graph=True, materialize_grads=True)
+        ones = torch.ones_like(values, requires_grad=True)  # see _mean_gradients
+        (slopes,) = torch.autograd.grad(values, x, ones, create_graph=True, materialize_grads=True)
+        refuse_once_differentiable([slopes])
         squared = slopes.flatten(1).square().sum(1)
         if target == 0:
             return squared.mean()

@@ -11,7 +11,7 @@ the package differentiates through a generator:
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -27,6 +27,7 @@ from lightning_mmd.passes import (
     spectral_norms,
     unfused_attention,
 )
+from lightning_mmd.reach import unreached
 
 __all__ = [
     "DerivativeFallbackWarning",
@@ -121,8 +122,10 @@ class Pushforward:
         inputs: What the generator was called with, a tuple.
 
     Raises:
-        TypeError: If the generator does not return a tensor.
-        ValueError: If it does not return one row for each latent, or has no parameter of a name.
+        TypeError: If the generator is no module, or does not return a tensor.
+        ValueError: If it does not return one row for each latent, has no parameter of a name, or
+            uses a parameter by another way than as an attribute of a module: in a plain list, a
+            closure or a partial function.
 
     Example:
         >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
@@ -139,6 +142,11 @@ class Pushforward:
         reuse: bool = False,
         record: Replay | None = None,
     ) -> None:
+        if not isinstance(generator, nn.Module):
+            raise TypeError(
+                f"the generator must be a torch.nn.Module, got {type(generator).__name__}. Hand in "
+                "the module itself; labels go beside latents, z=(latents, labels)."
+            )
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
         self.inputs = tuple(part.detach() for part in as_inputs(z))
@@ -162,11 +170,38 @@ class Pushforward:
                 else record(*self.inputs, replacements=values)
             )
         check_samples(generator, self._samples, len(self.inputs[0]))
+        live = all(p.data_ptr() == own[n].data_ptr() for n, p in parameters.items())
+        if record is None and live and parameters and generator not in _reached:
+            self._check_reach({n: own[n] for n in parameters})
         self._power_iterations = {
             key: buffer.clone()
             for name, module in spectral_norms(generator)
             for key, buffer in module.named_buffers(name, recurse=False)
         }
+
+    def _check_reach(self, own: Mapping[str, Tensor]) -> None:
+        """Compare with a gradient of the generator as it is called, once for each generator."""
+        _reached.add(self.generator)
+        toggled = [p for p in own.values() if not p.requires_grad]
+        for p in toggled:
+            p.requires_grad_()
+        try:
+            with torch.enable_grad(), full_precision(self._samples.device):
+                plain, again = (self.record(*self.inputs) for _ in range(2))
+            reached = (self._samples, list(self._leaves.values()))
+            missed = unreached((plain, again), own, reached)
+        finally:
+            for p in toggled:
+                p.requires_grad_(False)
+        if missed:
+            _reached.discard(self.generator)
+            raise ValueError(
+                f"the generator {type(self.generator).__name__} uses the parameters {missed} by "
+                "another way than as attributes of a module (a plain Python list, a closure, "
+                "functools.partial), where no derivative reaches them: they would pass for unused. "
+                "Keep them in a torch.nn.ParameterList or ModuleList, or look them up by self.name "
+                "in forward."
+            )
 
     @property
     def samples(self) -> Tensor:
@@ -260,8 +295,13 @@ class Pushforward:
             Values of shape (n,) and a vector of shape (P,).
         """
         values = f(self._samples)
-        gradients = torch.autograd.grad(
-            values.mean(), list(self._leaves.values()), create_graph=True, materialize_grads=True
+        weights = torch.full_like(values, 1 / len(values), requires_grad=True)
+        gradients = torch.autograd.grad(  # weights: see penalties._mean_gradients
+            values,
+            list(self._leaves.values()),
+            weights,
+            create_graph=True,
+            materialize_grads=True,
         )
         return values, flatten(gradients)
 
@@ -386,6 +426,7 @@ _ROUTE_NOTES = {
     _central_difference: "a central difference (APPROXIMATE: relative error 1e-3 to 1e-5 for "
     "smooth networks in float32, useless for ReLU-like ones)",
 }
+_reached: WeakSet[nn.Module] = WeakSet()
 _failed_routes: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased
+from lightning_mmd.wide import widen
 
 __all__ = ["negative_sobolev_distance"]
 
@@ -66,7 +67,7 @@ def negative_sobolev_distance(
             "negative_sobolev_distance expects samples of shapes (n, d) and (m, d), got "
             f"{tuple(x.shape)} and {tuple(y.shape)}. Flatten images first: x.flatten(1)."
         )
-    x, y = x.detach().double(), y.detach().double()
+    x, y = widen(x.detach()), widen(y.detach())
     points, copies = y.clone().requires_grad_(), y.clone().requires_grad_()
     with torch.enable_grad():
         towards_x = torch.autograd.grad(kernel(points, x).sum(), points)[0] / len(x)

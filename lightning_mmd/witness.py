@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.latents import Inputs
 from lightning_mmd.parameters import refuse_shared_parameters
+from lightning_mmd.wide import to_like, wide_sum, widen
 
 __all__ = [
     "Image",
@@ -109,10 +110,10 @@ class ParametricGramian(System):
 
     def apply(self, embedding: MeanEmbedding, p: Tensor, alpha: float, beta: float) -> Image:
         """Apply A by one reverse and one forward-mode pass."""
-        v = embedding.adjoint(p.to(embedding.mean.dtype))
+        v = embedding.adjoint(to_like(p, embedding.mean))
         jv, dx = embedding.push(v)
-        jv = jv.double()
-        energy = alpha * v.double().square().sum() + beta * (p @ p)
+        jv = widen(jv)
+        energy = alpha * wide_sum(v.square()) + beta * (p @ p)
         return Image(alpha * jv + beta * p, energy, v, dx, jv)
 
     def slope(
@@ -318,13 +319,13 @@ def solve_embedding(
         ValueError: If a direction has no positive curvature.
     """
     secants = gap.new_zeros(0, 2, len(gap)) if secants is None else secants
-    secants = secants.detach().double()
+    secants = widen(secants.detach())
     gap = gap.detach()
     iterate = _Iterate(
         system or ParametricGramian(), embedding, gap, (alpha, beta), _bfgs_inverse(secants)
     )
     if initial is not None and bool(initial.any()):
-        iterate.line_search(initial.detach().double())
+        iterate.line_search(widen(initial.detach()))
     size = iterate.gap.norm()
     num_iterations = 0
     while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
@@ -336,11 +337,11 @@ def solve_embedding(
             if iterate.gap @ iterate.total.gramian_image < worth * rate:
                 break
     return WitnessSolution(
-        weights=iterate.weights.to(gap.dtype),
+        weights=to_like(iterate.weights, gap),
         gap=gap,
         parametric_gradient=iterate.total.parametric_gradient,
         tangents=iterate.total.tangents,
-        gramian_image=iterate.total.gramian_image.to(gap.dtype),
+        gramian_image=to_like(iterate.total.gramian_image, gap),
         alpha=alpha,
         beta=beta,
         residual=float(iterate.residual.norm() / size) if size > 0 else 0.0,
@@ -369,7 +370,7 @@ class _Iterate:
         self.system, self._embedding = system, embedding
         self._penalty_weights = penalty_weights
         self._precondition = precondition
-        self.gap = gap.double()
+        self.gap = widen(gap)
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
         samples = embedding.samples
@@ -414,7 +415,7 @@ class _Iterate:
 
 
 def _add(total: Image, step: Tensor, image: Image) -> Image:
-    single = step.to(image.parametric_gradient.dtype)
+    single = to_like(step, image.parametric_gradient)
     return Image(
         value=total.value + step * image.value,
         energy=total.energy,

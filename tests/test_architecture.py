@@ -13,12 +13,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
     "batches": 1,
+    "critic_warnings": 1,
     "kernels": 1,
     "latents": 1,
     "objectives": 1,
     "parameters": 1,
     "passes": 1,
+    "reach": 1,
     "verdicts": 1,
+    "wide": 0,
     "estimators": 2,
     "features": 2,
     "game": 2,

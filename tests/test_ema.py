@@ -177,7 +177,7 @@ class Foreign(LightningModule):
 
 def test_a_foreign_module_is_swapped_while_it_is_looked_at():
     watch, ema = Watch("netG"), GeneratorEMA(half_life=2.0, ramp=None, generator="netG")
-    tracker = MMDTracker(Gaussian(), every_n_steps=9, num_real=12, num_fake=6)
+    tracker = MMDTracker(Gaussian(), every_n_steps=3, num_real=12, num_fake=6)
     loader, network = data(), Foreign()
     values = {"check_val_every_n_epoch": None, "val_check_interval": 3, "num_sanity_val_steps": 0}
     running = trainer(15, watch, tracker, ema, **values)

@@ -24,9 +24,9 @@ from lightning_mmd import (
     mmd2_unbiased,
     parametric_gradient,
 )
+from lightning_mmd.critic_warnings import KinkedCriticWarning
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.passes import seeded
-from lightning_mmd.penalties import KinkedCriticWarning
 
 RULES = [ClosedForm, GradientAscent]
 CPU = torch.device("cpu")

@@ -219,7 +219,7 @@ def test_generator_without_any_derivative():
 
         def forward(self, z):
             self.passes += 1
-            if self.passes > 1:
+            if self.passes > 3:  # one, and two that look for parameters that are not reached
                 raise RuntimeError("only once")
             return super().forward(z)
 

@@ -194,7 +194,7 @@ class Stream(IterableDataset):
     [
         (DataLoader(Stream(), 4), TypeError, "RelativeTestLR reads images by index"),
         (DataLoader(torch.zeros(2, 2), 2), ValueError, "at least 3 training images, got 2"),
-        (DataLoader(["a"] * 5, 2), TypeError, "begin with one, got str"),
+        (DataLoader(["a"] * 5, 2), TypeError, "floating-point tensor of real samples.*got str"),
         (DataLoader(torch.full((9, 2), torch.nan), 4), ValueError, "finite images, got NaN"),
     ],
 )

@@ -243,6 +243,7 @@ def test_logs_share_the_axis_and_say_what_is_measured(tmp_path):
     (measured,) = (p["val/mmd2"] for p in logger.hyperparameters if p and "val/mmd2" in p)
     images = held_out.dataset.tensors[0]
     assert measured == {
+        "split": "validation",
         "kernel": repr(KERNEL),
         "features": "none",
         "estimator": "unbiased",
@@ -333,11 +334,11 @@ class Stream(IterableDataset):
     [
         (None, ValueError, "no validation data. Pass val_dataloaders"),
         (DataLoader(Stream(), 4), TypeError, "by index from the dataset"),
-        (DataLoader(["a"] * 8, 4), TypeError, "begin with one, got str"),
+        (DataLoader(["a"] * 8, 4), TypeError, "floating-point tensor of real samples.*got str"),
         (DataLoader(torch.full((8, 1, 4, 4), torch.nan), 4), ValueError, "finite images, got NaN"),
         (DataLoader(torch.zeros(1, 1, 4, 4), 4), ValueError, r"2 images a side.*got 1 on 1"),
         (DataLoader(torch.zeros(8, 1, 5, 5), 4), ValueError, r"one shape, got \(1, 4, 4\) after"),
-        (DataLoader(torch.zeros(8, 1, 4, 4).byte(), 4), TypeError, r"torch.uint8. Scale"),
+        (DataLoader(torch.zeros(8, 1, 4, 4).byte(), 4), TypeError, r"got torch.uint8\. Convert"),
     ],
     ids=["none", "stream", "strings", "nan", "one", "shape", "bytes"],
 )

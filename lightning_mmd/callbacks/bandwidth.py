@@ -4,16 +4,18 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_mmd.callbacks.clock import Clocked
+from lightning_mmd.callbacks.loggers import Log
 from lightning_mmd.features import RandomFourierFeatures
 from lightning_mmd.kernels import Kernel
 
 __all__ = ["BandwidthSchedule"]
 
 
-class BandwidthSchedule(Callback):
+class BandwidthSchedule(Clocked):
     r"""Scale a kernel's bandwidth along a geometric path, on the clock of generator updates.
 
     .. math:: \sigma_t = \sigma\, c_0^{1 - s} c_1^s, \qquad s = \min(t / T, 1)
@@ -33,6 +35,7 @@ class BandwidthSchedule(Callback):
         every_n_steps: Updates between changes, at least 1. With ``initial=4, final=1,
             num_steps=200, every_n_steps=100`` the bandwidth is halved twice.
         target: Attribute of the LightningModule, dotted if need be.
+        generator: Attribute that holds the generator whose updates count; default: the usual names.
 
     Raises:
         ValueError: If a number is out of range; at the start of training, if there is no such
@@ -54,6 +57,7 @@ class BandwidthSchedule(Callback):
         num_steps: int = 1000,
         every_n_steps: int = 1,
         target: str = "critic",
+        generator: str | None = None,
     ) -> None:
         if not (0 < initial < math.inf and 0 < final < math.inf):
             raise ValueError(
@@ -70,6 +74,8 @@ class BandwidthSchedule(Callback):
         self.num_steps = num_steps
         self.every_n_steps = every_n_steps
         self.target = target
+        self.generator = generator
+        self._log = Log()
         self._frequencies: dict[str, Tensor] = {}  # as configured, by the module's name
         self._kernel: Kernel | None = None
         self._applied: float | None = None
@@ -96,12 +102,14 @@ class BandwidthSchedule(Callback):
         return self.initial * (self.final / self.initial) ** share
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._frequencies, self._kernel, self._applied = {}, None, None
+        if stage == "fit" and trainer.global_step == 0:  # another fit of the same trainer goes on
+            self._frequencies, self._kernel, self._applied = {}, None, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         target = self._find(pl_module)
         if isinstance(target, Kernel):
-            self._kernel = target
+            self._kernel = target if self._kernel is None else self._kernel
             try:
                 target.scaled(2.0)
             except TypeError as error:
@@ -112,8 +120,9 @@ class BandwidthSchedule(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        factor = self.factor(trainer.global_step)
-        pl_module.log("bandwidth_factor", factor)
+        factor = self.factor(self.updates)
+        self._log.note(pl_module, {"bandwidth_factor": factor})
+        self._log.send(trainer, self.updates)
         if factor == self._applied:
             return
         target = self._find(pl_module)
@@ -128,9 +137,13 @@ class BandwidthSchedule(Callback):
         self._applied = factor
 
     def state_dict(self) -> dict[str, Any]:
-        return {"frequencies": {n: f.cpu() for n, f in self._frequencies.items()}}
+        return {
+            **super().state_dict(),
+            "frequencies": {n: f.cpu() for n, f in self._frequencies.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self._frequencies = dict(state_dict["frequencies"])
 
     def _find(self, pl_module: LightningModule) -> nn.Module | Kernel:

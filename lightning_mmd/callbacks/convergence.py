@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_mmd.callbacks.cadence import (
-    GeneratorCadence,
-    Samples,
-    keep_random_state,
-    require_samples,
-)
-from lightning_mmd.callbacks.ema import averaged_weights
-from lightning_mmd.callbacks.foreign import find_network
-from lightning_mmd.callbacks.images import training_images
+from lightning_mmd.batches import BatchParts
+from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
+from lightning_mmd.callbacks.foreign import find_network, read_values
+from lightning_mmd.callbacks.images import RangeCheck, training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
+from lightning_mmd.callbacks.loggers import describe, send_scalars
+from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.game import DivergedError
 from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
@@ -27,6 +25,7 @@ from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import evaluating
 from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
+from lightning_mmd.wide import at_least_float32, widen
 
 __all__ = ["ConvergenceMonitor"]
 
@@ -34,7 +33,7 @@ __all__ = ["ConvergenceMonitor"]
 class Before(NamedTuple):
     """What an update is compared with."""
 
-    latents: Tensor
+    inputs: tuple[Tensor, ...]
     points: Tensor
     values: Tensor | None
     mmd2: float
@@ -60,12 +59,18 @@ class ConvergenceMonitor(GeneratorCadence):
             of them to be seen.
         kernel: Kernel on flattened images; default: Gaussian with the median distance of the data.
         num_samples: Samples and images compared, at least 10.
-        critic: Attribute of the LightningModule that holds the critic, a module from samples to
-            values (n,) or (n, 1); None to leave the critic alone.
+        critic: Attribute of the LightningModule that holds the critic, a module from samples, and
+            labels where ``fixed_latents`` returns some, to values (n,) or (n, 1); None to leave the
+            critic alone.
         generator: Attribute that holds the generator.
         act: Whether to leave a collapse: all learning rates are halved when it is found, and again
             every 20 observations for which it lasts.
         seed: Of images, latents and projection.
+        critic_values: Callable from what the critic returns (a list, a tuple of features) to values
+            (n,) or (n, 1); default: maps (n, 1, h, w) are averaged over their places.
+        generator_output: Callable from what the module's ``sample`` returns to a tensor of samples.
+        batch: Where images stand in a batch. Default: the module's own ``batch``, else first.
+        sampler: Name of the module's method that samples.
 
     Attributes:
         traces: What was observed.
@@ -92,11 +97,15 @@ class ConvergenceMonitor(GeneratorCadence):
         kernel: Kernel | None = None,
         num_samples: int = 256,
         critic: str | None = "critic",
-        generator: str = "generator",
+        generator: str | None = "generator",
         act: bool = False,
         seed: int = 0,
+        critic_values: Callable | None = None,
+        generator_output: Callable | None = None,
+        batch: BatchParts | None = None,
+        sampler: str = "sample",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, generator, generator_output, sampler)
         if num_samples < 10:
             raise ValueError(
                 f"ConvergenceMonitor needs num_samples of at least 10, got {num_samples}."
@@ -104,7 +113,8 @@ class ConvergenceMonitor(GeneratorCadence):
         self.kernel = kernel
         self.num_samples = num_samples
         self.critic = critic
-        self.generator = generator
+        self.critic_values = critic_values
+        self.batch = batch
         self.act = act
         self.seed = seed
         self.traces = Traces()
@@ -113,11 +123,13 @@ class ConvergenceMonitor(GeneratorCadence):
         self._acted_at: int | None = None  # number of observations
         self._before: Before | None = None
         self._direction: Tensor | None = None
+        self._range = RangeCheck(self)
         self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        find_network(self, pl_module, "generator", self.generator)
+        if self.generator is not None:
+            find_network(self, pl_module, "generator", self.generator)
         if self.critic is not None:
             find_network(self, pl_module, "critic", self.critic)
 
@@ -128,10 +140,15 @@ class ConvergenceMonitor(GeneratorCadence):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._before = pl_module, None
+        self._network = self.find_generator(trainer, pl_module)
         if trainer.is_global_zero:
-            with keep_random_state(pl_module.device):
+            with observing(pl_module.device):
                 torch.manual_seed(self.seed)  # of random transforms
-                self._prepare(training_images(self, trainer, self.num_samples, self.seed))
+                images, *self._labels = training_images(
+                    self, trainer, self.num_samples, self.seed, self.batch
+                )
+                self._prepare(images)
+            describe(trainer, "convergence", {"split": "training", "num_real": len(self._real)})
         super().on_train_start(trainer, pl_module)
 
     def _prepare(self, images: Tensor) -> None:
@@ -140,14 +157,15 @@ class ConvergenceMonitor(GeneratorCadence):
                 f"ConvergenceMonitor needs at least 10 training images, got {len(images)}."
             )
         module = self._watched()
-        self._real = images.to(module.device)
+        self._real = at_least_float32(images).to(module.device)
+        self._range.real(self._real)
         flat = self._real.flatten(1)
         self._kernel = self.kernel or Gaussian(median_bandwidth(flat))
         test = two_sample_test(flat[::2], flat[1::2], self._kernel, num_permutations=200)
         # The null distribution of the U-statistic scales like 1 / n.
         self.floor = max(test.null_statistics.quantile(0.99).item() / 2, 1e-12)
         self._spread = _mean_distance(self._real)
-        num = sum(p.numel() for p in module.get_submodule(self.generator).parameters())
+        num = sum(p.numel() for p in self._network.parameters())
         seeded = torch.Generator().manual_seed(self.seed)
         direction = torch.randn(num, generator=seeded, dtype=torch.float64)
         self._direction = direction / direction.norm()
@@ -155,38 +173,42 @@ class ConvergenceMonitor(GeneratorCadence):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero and (trainer.global_step + 1) % self.every_n_steps == 0:
-            with keep_random_state(pl_module.device), averaged_weights(trainer, pl_module):
-                self._before = self._look(trainer.global_step, require_samples(self, pl_module))
+        ahead = self.updates + self.stride  # where this batch leads to, if it moves the generator
+        passes = ahead // self.every_n_steps > self.updates // self.every_n_steps
+        if trainer.is_global_zero and passes:
+            with self._looking(trainer, pl_module) as model:
+                self._before = self._look(self.updates, model)
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:
+    def observe(self, trainer: Trainer, model: Sampling) -> None:
         if trainer.is_global_zero:
             self._record(trainer, model)
         if self.act:
             self._leave_a_collapse(trainer)
 
     @torch.no_grad()
-    def _look(self, step: int, model: Samples) -> Before:
+    def _look(self, step: int, model: Sampling) -> Before:
         seed = random.Random(f"convergence {self.seed} {step}").getrandbits(32)
-        latents = model.fixed_latents(self.num_samples, seed)
-        fake = model.sample(self.num_samples, latents)
+        inputs = model.fixed_latents(self.num_samples, seed)
+        fake = self._range.generated(model.sample(inputs))
+        self._dtype = fake.dtype  # what the critic takes
         points = torch.cat([self._real, fake.to(self._real.dtype)])
-        return Before(latents, points, self._evaluate(points), self._mmd2(fake))
+        values = self._evaluate(points, inputs[1:])
+        return Before(inputs, points, values, self._mmd2(fake))
 
     @torch.no_grad()
-    def _record(self, trainer: Trainer, model: Samples) -> None:
+    def _record(self, trainer: Trainer, model: Sampling) -> None:
         before, self._before = self._before, None
-        look = self._look(trainer.global_step, model)
+        look = self._look(self.updates, model)
         descent = change = math.nan
         if before is not None:
-            descent = self._mmd2(model.sample(self.num_samples, before.latents)) - before.mmd2
-            after = self._evaluate(before.points)
+            descent = self._mmd2(model.sample(before.inputs)) - before.mmd2
+            after = self._evaluate(before.points, before.inputs[1:])
             if after is not None and before.values is not None:
                 sizes = float(after.std() + before.values.std())
                 change = float((after - before.values).std()) / max(sizes, 1e-30)
         gradient = trainer.callback_metrics.get("generator/gradient_norm")
-        parameters = self._watched().get_submodule(self.generator).parameters()
-        theta = torch.cat([p.detach().flatten().double().cpu() for p in parameters])
+        parameters = self._network.parameters()
+        theta = torch.cat([widen(p.detach().flatten()).cpu() for p in parameters])
         entry = {
             "mmd2": look.mmd2,
             "descent": descent,
@@ -196,17 +218,16 @@ class ConvergenceMonitor(GeneratorCadence):
             "gradient_norm": math.nan if gradient is None else float(gradient),
             "projection": math.nan if self._direction is None else float(theta @ self._direction),
         }
-        self.traces.steps.append(trainer.global_step)
+        self.traces.steps.append(self.updates)
         for name, value in entry.items():
             getattr(self.traces, name).append(value)
         verdict = judge(self.traces, self.floor)
         if self.verdict is not None and verdict.name != self.verdict.name:
-            rank_zero_info(f"ConvergenceMonitor, update {trainer.global_step}: {verdict}")
+            rank_zero_info(f"ConvergenceMonitor, update {self.updates}: {verdict}")
         self.verdict = verdict
         scalars = {f"convergence/{k}": v for k, v in entry.items() if math.isfinite(v)}
         scalars["convergence/verdict"] = VERDICTS.index(verdict.name)
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+        send_scalars(trainer, scalars, self.updates)
 
     def _leave_a_collapse(self, trainer: Trainer) -> None:
         observed = len(self.traces.steps)
@@ -230,16 +251,35 @@ class ConvergenceMonitor(GeneratorCadence):
             self.verdict = judge(self.traces, self.floor, diverged=True)
             rank_zero_info(f"ConvergenceMonitor: {self.verdict}")
 
-    def _evaluate(self, points: Tensor) -> Tensor | None:
+    def _evaluate(self, points: Tensor, labels: tuple[Tensor, ...]) -> Tensor | None:
+        """Return the critic's values at real and generated points; labels are of the generated."""
         if self.critic is None:
             return None
         module = self._watched()
+        points = points.to(self._dtype)
         critic, num = module.get_submodule(self.critic), len(self._real)
+        halves = slice(0, num), slice(num, None)
         with evaluating(critic):
-            values = critic
+            ours = self._labels if len(self._labels) == len(labels) else ()
+            if labels and len(ours) == len(labels):
+                labels = tuple(torch.cat(pair) for pair in zip(ours, labels, strict=True))
+            elif labels:  # no labels of real images: the generated alone are looked at
+                points = points[num:]
             if isinstance(module, MMDGAN):  # its critic may return embeddings
-                values = module.rule.witness(critic, (points[:num],), (points[num:],))
-            return evaluate_critic(values, points).double()
+                real, fake = ((points[part], *(y[part] for y in labels)) for part in halves)
+                values = module.rule.witness(critic, real, fake)
+                return widen(evaluate_critic(values, points, *labels))
+            try:
+                output = critic(points, *labels)
+            except Exception as error:
+                raise ValueError(
+                    f"ConvergenceMonitor calls the critic {self.critic!r} with samples of shape "
+                    f"{tuple(points.shape)}"
+                    f"{' and labels' if labels else ''}: {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. Let fixed_latents return (latents, *labels) as the "
+                    "critic takes them after the samples, or set critic=None."
+                ) from error
+            return widen(read_values(self, self.critic, output, len(points), self.critic_values))
 
     def _mmd2(self, fake: Tensor) -> float:
         flat = self._real.flatten(1)
@@ -261,4 +301,4 @@ class ConvergenceMonitor(GeneratorCadence):
 
 
 def _mean_distance(points: Tensor) -> float:
-    return float(torch.pdist(points.flatten(1).double()).mean())
+    return float(torch.pdist(widen(points.flatten(1))).mean())

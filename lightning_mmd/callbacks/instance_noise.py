@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_mmd.callbacks.calls import first_tensor, replace_tensor
 from lightning_mmd.callbacks.noise import ScheduledNoise
+from lightning_mmd.callbacks.observing import is_observed
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.noise import NoiseSchedule
 
@@ -17,7 +20,9 @@ class InstanceNoise(ScheduledNoise):
 
     A method other than `NoiseInjection`: real and generated samples get noise at every call
     of the critic in training, penalties included, so that the two distributions overlap and the
-    game is played between smoothed ones. Levels, draws, state and log are as there.
+    game is played between smoothed ones. Noise is on the critic's first floating-point input, by
+    position or keyword. Calls by callbacks that only observe stay clean. Levels, draws, state and
+    log are as there.
 
     Args:
         schedule: Level beta_t by generator updates.
@@ -29,7 +34,7 @@ class InstanceNoise(ScheduledNoise):
         TypeError: If the schedule is adaptive, which has no meaning here.
         ValueError: When fitting begins, if the attributes or the generator's optimizer are not
             found, or the rule of an ``MMDGAN`` needs equal calls of the critic.
-        RuntimeError: If the generator is updated without a call of the critic.
+        RuntimeError: If critic and generator move without a call of the critic.
 
     Source:
         Sonderby et al., arXiv 1610.04490; Arjovsky & Bottou, arXiv 1701.04862.
@@ -63,9 +68,13 @@ class InstanceNoise(ScheduledNoise):
     def _before_critic(
         self, critic: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        if not (self._in_batch and args and isinstance(args[0], Tensor)):
+        if not self._in_batch or is_observed():
+            return None
+        place = first_tensor(args, kwargs, torch.is_floating_point)
+        if place is None:
             return None
         self._level = self._scheduled_level()
         if self._level == 0:
             return None
-        return (args[0] + self._level * self._draw(args[0]), *args[1:]), kwargs
+        x = place.tensor
+        return replace_tensor(args, kwargs, place, x + self._level * self._draw(x))

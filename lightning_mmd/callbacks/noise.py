@@ -1,19 +1,27 @@
 """Noise in the gradient that moves the generator."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
 
+from lightning_mmd.callbacks.calls import Place, first_tensor, hangs_on, replace_tensor
+from lightning_mmd.callbacks.clock import Clocked
 from lightning_mmd.callbacks.foreign import (
     find_network,
+    holds,
     optimizers_of,
+    own_optimizer,
     require_whole_networks,
 )
+from lightning_mmd.callbacks.loggers import Log
+from lightning_mmd.callbacks.observing import is_observed
+from lightning_mmd.internals import callbacks_of
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule
 from lightning_mmd.parameters import refuse_shared_parameters
@@ -23,7 +31,7 @@ from lightning_mmd.processes import mean_over_processes
 __all__ = ["NoiseInjection", "ScheduledNoise"]
 
 
-class ScheduledNoise(Callback, ABC):
+class ScheduledNoise(Clocked, ABC):
     """Noise whose level follows a schedule of generator updates."""
 
     def __init__(
@@ -39,7 +47,6 @@ class ScheduledNoise(Callback, ABC):
         self.generator = generator
         self.critic = critic
         self.seed = seed
-        self.updates = 0
         self._handles: list[Any] = []
 
     @property
@@ -55,35 +62,38 @@ class ScheduledNoise(Callback, ABC):
         self._critic = find_network(self, pl_module, "critic", self.critic)
         generator = find_network(self, pl_module, "generator", self.generator)
         refuse_shared_parameters(self._critic, generator)
-        optimizers = optimizers_of(trainer, generator)
-        if len(optimizers) != 1:
+        if own_optimizer(trainer, generator) is None:
             raise ValueError(
-                f"{type(self).__name__} counts the steps of the generator's one optimizer, but "
-                f"{len(optimizers)} of the {len(trainer.optimizers)} optimizers of "
-                f"{type(pl_module).__name__} hold parameters of {self.generator!r}. Let "
-                "configure_optimizers return one for it."
+                f"{type(self).__name__} counts the steps of the generator's optimizer, but 0 of "
+                f"the {len(trainer.optimizers)} optimizers of {type(pl_module).__name__} hold "
+                f"parameters of {self.generator!r}. Let configure_optimizers return one for it."
             )
+        super().on_fit_start(trainer, pl_module)
         self._parameters = {id(p) for p in generator.parameters()}
         self._trainer = trainer
         self._rank = trainer.global_rank
         self._in_batch = False
-        self._draws = 0
+        self._drawn_at, self._draws = -1, 0
+        self._noise_seen = self._critic_moved = False  # since the generator's last update
         self._level = 0.0
+        self._log = Log()
         self._handles = [
-            optimizers[0].register_step_post_hook(self._count),
             *self.begin(pl_module, pl_module.get_submodule(self.critic)),
+            *(
+                optimizer.register_step_post_hook(self._note_critic_step)
+                for optimizer in optimizers_of(trainer, self._critic)
+                if not holds(optimizer, generator)
+            ),
         ]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:  # a new run, not a resumed one
-            self.updates = 0
+    def _note_critic_step(self, *_: Any) -> None:
+        self._critic_moved = True
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = True
-        if isinstance(pl_module, MMDGAN):
-            self.updates = trainer.global_step
+        self._updates_before = self.updates
         if self._scheduled_level() == 0:
             self._level = 0.0
 
@@ -91,18 +101,30 @@ class ScheduledNoise(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = False
-        pl_module.log("noise/level", self._level)
+        if self.updates > self._updates_before:
+            if self._critic_moved and not self._noise_seen and self._scheduled_level() > 0:
+                self._refuse_a_hidden_call()
+            self._noise_seen = self._critic_moved = False
+        self._log.note(pl_module, {self.log_name("level"): self._level})
+        self._log.send(trainer, self.updates)
 
-    def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._scheduled_level() > 0 and self._draws == 0:
-            raise RuntimeError(
-                f"{type(self).__name__} saw no call of the critic {self.critic!r} on samples of "
-                f"the generator {self.generator!r} before update {self.updates} of the generator. "
-                f"The module must call self.{self.critic}(...) itself, not a method or a part of "
-                "it, on samples that are not detached."
-            )
-        self.updates += 1
-        self._draws = 0
+    def log_name(self, name: str) -> str:
+        """Return the name of a number in the log: with the critic's where there are several."""
+        return f"noise/{name}" if self._is_alone else f"noise/{self.critic}/{name}"
+
+    @property
+    def _is_alone(self) -> bool:
+        others = [c for c in callbacks_of(self._trainer) if isinstance(c, ScheduledNoise)]
+        return len(others) == 1
+
+    def _refuse_a_hidden_call(self) -> None:
+        """Raise where critic and generator have moved, but no call of the critic took noise."""
+        raise RuntimeError(
+            f"{type(self).__name__} saw no call of the critic {self.critic!r} on samples of the "
+            f"generator {self.generator!r} before update {self.updates} of the generator. The "
+            f"module must call self.{self.critic}(...) itself, not a method or a part of it, on "
+            "samples that are not detached."
+        )
 
     def _scheduled_level(self) -> float:
         """Return the level now; of an adaptive schedule, the largest that it may take."""
@@ -112,26 +134,28 @@ class ScheduledNoise(Callback, ABC):
 
     def _draw(self, x: Tensor) -> Tensor:
         """Draw u ~ N(0, I), a function of seed, rank, update and the number of the draw in it."""
+        if self._drawn_at != self.updates:
+            self._drawn_at, self._draws = self.updates, 0
         counters = (self.seed, self._rank, self.updates, self._draws)
         self._draws += 1
+        self._noise_seen = True
         rng = torch.Generator().manual_seed(counter_seed(*counters))
         return torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        super().on_fit_end(trainer, pl_module)
+        self._release()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.on_fit_end(trainer, pl_module)
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates = state_dict["updates"]
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 class NoiseInjection(ScheduledNoise):
@@ -163,9 +187,14 @@ class NoiseInjection(ScheduledNoise):
     The generator's parametrisation weighs samples by its own tangent kernel, so it is no guarantee
     for the parameters.
 
+    The critic's inputs may be given by position or by keyword, with others beside them, or be made
+    of several (pairs): noise is on the first tensor that hangs on the generator's parameters. It
+    may return several tensors. Updates in which it has no part, such as pretraining, stay clean.
+
     Updates of the generator are counted by steps of its optimizer (``trainer.global_step`` in
-    ``MMDGAN``), saved and resumed. u is a function of (seed, rank, update). Logged:
-    ``noise/level``, that of the last update.
+    ``MMDGAN``), saved and resumed. u is a function of (seed, rank, update). Logged on that axis:
+    ``noise/level``, that of the last update; ``noise/<critic>/level`` where there are two such
+    callbacks.
 
     Args:
         schedule: Level beta_t by generator updates.
@@ -176,8 +205,7 @@ class NoiseInjection(ScheduledNoise):
     Raises:
         ValueError: When fitting begins, if the attributes or the generator's optimizer are not
             found.
-        TypeError: In the first step, if the critic does not return a tensor.
-        RuntimeError: If the generator is updated without a gradient through the critic.
+        RuntimeError: If critic and generator move and no call of the critic took noise.
 
     Source:
         Arbel et al. 2019, arXiv 1906.04370, noise injection.
@@ -229,70 +257,63 @@ class NoiseInjection(ScheduledNoise):
         self, critic: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         self._call = None
-        if not (self._in_batch and args and isinstance(args[0], Tensor)):
-            return None
-        if not (torch.is_grad_enabled() and self._hangs_on_generator(args[0])):
+        if not (self._in_batch and torch.is_grad_enabled()) or is_observed():
             return None
         if self._scheduled_level() == 0:
             return None
-        call = self._call = _CriticCall(self._critic, args, kwargs)
-        x = args[0].clone()
+        place = first_tensor(args, kwargs, lambda x: hangs_on(x, self._parameters))
+        if place is None:
+            return None
+        call = self._call = _CriticCall(self._critic, args, kwargs, place)
+        clean = place.tensor
+        x = clean.clone()
 
         def replace(gradient: Tensor) -> Tensor | None:
-            if torch.is_grad_enabled():  # create_graph=True: a penalty of the critic's gradient
-                return None
-            noisy = self._noisy_gradient(args[0].detach(), call.gradient_at)
+            if torch.is_grad_enabled() or not call.cotangents:
+                return None  # create_graph=True: a penalty of the critic's gradient
+            noisy = self._noisy_gradient(clean.detach(), call.gradient_at)
             return None if noisy is None else noisy.to(gradient.dtype)
 
         x.register_hook(replace)
-        return (x, *args[1:]), kwargs
+        return replace_tensor(args, kwargs, place, x)
 
     def _after_critic(self, critic: nn.Module, args: tuple, output: Any) -> None:
         call, self._call = self._call, None
-        if call is None:
-            return
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"NoiseInjection needs a critic that returns a tensor, but {self.critic!r} returns "
-                f"{type(output).__name__}. Name the part of it that does, if there is one."
-            )
-        output.register_hook(call.note_cotangent)
-
-    def _hangs_on_generator(self, x: Tensor) -> bool:
-        """Whether the graph of x leads to a parameter of the generator."""
-        waiting = [] if x.grad_fn is None else [x.grad_fn]
-        visited = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            if id(getattr(node, "variable", None)) in self._parameters:
-                return True
-            following = {n for n, _ in node.next_functions if n is not None} - visited
-            visited |= following
-            waiting += following
-        return False
+        if call is not None:
+            call.watch(output)
 
 
 class _CriticCall:
     """One call of a critic: its inputs and circumstances, to be repeated at other samples."""
 
-    def __init__(self, critic: nn.Module, args: tuple, kwargs: dict) -> None:
-        device = args[0].device
+    def __init__(self, critic: nn.Module, args: tuple, kwargs: dict, place: Place) -> None:
+        device = place.tensor.device
         self._values = {n: p.detach() for n, p in critic.named_parameters()}
-        self._others, self._kwargs = args[1:], kwargs
+        self._args, self._kwargs, self._place = args, kwargs, place
         self._replay = Replay(critic, device)
         self._autocast = torch.autocast(
             device.type,
             dtype=torch.get_autocast_dtype(device.type),
             enabled=torch.is_autocast_enabled(device.type),
         )
+        self.cotangents: dict[int, Tensor] = {}
 
-    def note_cotangent(self, gradient: Tensor) -> None:
-        """Keep the loss's gradient in the critic's values."""
-        self._cotangent = gradient
+    def watch(self, output: Any) -> None:
+        """Keep the loss's gradients in what the critic returned: a tensor, or several of them."""
+        for index, part in enumerate(tree_flatten(output)[0]):
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(functools.partial(self._note, index))
+
+    def _note(self, index: int, gradient: Tensor) -> None:
+        self.cotangents[index] = gradient
 
     def gradient_at(self, samples: Tensor) -> Tensor:
         """Return J_f(x)^T c at other samples x, with the buffers and dropout masks of this call."""
         x = samples.detach().requires_grad_()
+        args, kwargs = replace_tensor(self._args, self._kwargs, self._place, x)
         with torch.enable_grad(), self._autocast:
-            output = self._replay(x, *self._others, replacements=self._values, **self._kwargs)
-            return torch.autograd.grad(output, x, self._cotangent)[0]
+            output = self._replay(*args, replacements=self._values, **kwargs)
+            parts = tree_flatten(output)[0]
+            return torch.autograd.grad(
+                [parts[index] for index in self.cotangents], x, list(self.cotangents.values())
+            )[0]

@@ -7,30 +7,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mmd.batches import BatchParts
+from lightning_mmd.callbacks.batches import batch_size
+from lightning_mmd.callbacks.calls import CriticCall, LatentLog, first_tensor
+from lightning_mmd.callbacks.clock import Clocked
 from lightning_mmd.callbacks.foreign import (
+    critics_optimizer,
     find_network,
-    holds,
-    optimizers_of,
+    own_optimizer,
+    read_values,
     require_whole_networks,
 )
+from lightning_mmd.callbacks.loggers import Log
+from lightning_mmd.callbacks.recorded_penalty import RecordedPenalty
+from lightning_mmd.critic_warnings import warn_of_kinks
 from lightning_mmd.estimators import Batch, Estimator, Lagged
+from lightning_mmd.internals import callbacks_of
 from lightning_mmd.latents import Latents
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.parameters import refuse_shared_parameters, trainable_parameters
 from lightning_mmd.passes import full_precision, undisturbed
-from lightning_mmd.penalties import penalised_critic, warn_of_kinks
 from lightning_mmd.processes import mean_over_processes
 from lightning_mmd.pushforward import check_samples
 
 __all__ = ["ParametricGradientPenalty"]
 
 
-class ParametricGradientPenalty(Callback):
+class ParametricGradientPenalty(Clocked):
     r"""Adds the parametric-gradient penalty to the critic's update of any GAN, as it is.
 
     .. math:: \frac\alpha2 \Big\| \nabla_\theta \frac1n \sum_i f(G_\theta(z_i)) \Big\|^2
@@ -43,17 +50,21 @@ class ParametricGradientPenalty(Callback):
     penalty is computed in float32. Buffers, the generator's gradients and the random state are left
     as they were.
 
-    The latents are those with which the module last called its generator in training; with
-    ``accumulate_grad_batches``, the last ones of every micro-batch together, so that the penalty is
-    that of the whole batch. With ``latents`` they are drawn afresh, a function of (seed, rank,
-    critic step).
+    The samples are those that the critic was trained on since its last step, all of them: outputs
+    of the generator that it saw alone, in one batch with real samples, or beside its input (pairs),
+    in several calls and accumulated batches. Both networks are called again as the module called
+    them, by position or keyword, with lists and labels. Where the critic saw no output as it was
+    (augmentations, buffers of older samples), nothing is guessed: an error says so. With
+    ``latents`` the samples are drawn afresh, a function of (seed, rank, critic step), and labels
+    beside the latents are handed to both networks.
 
     f is what the critic module returns: values (n,) or (n, 1), or maps (n, 1, h, w), which are
     averaged over their places. For a critic that ends in a sigmoid give
     ``critic_values=torch.logit``: the theory is about the raw score.
 
-    Logged: ``penalty/parametric``, :math:`\|L f\|^2`, and ``penalty/share``, the norm of the added
-    gradient as a part of the sum of its own and the other gradient's norm.
+    Logged on the axis of the generator's updates: ``penalty/parametric``, :math:`\|L f\|^2`, and
+    ``penalty/share``, the norm of the added gradient as a part of the sum of its own and the other
+    gradient's norm; ``penalty/<generator>/<critic>/...`` where there are two such callbacks.
 
     Args:
         alpha: Weight, >= 0.
@@ -68,13 +79,17 @@ class ParametricGradientPenalty(Callback):
         interval: The penalty is added at every ``interval``-th critic step, with ``interval`` times
             its weight, >= 1.
         seed: Of fresh latents and of dropout within the penalty.
+        generator_output: Callable from what the generator returns to a tensor of samples; needed
+            with ``latents`` only, since otherwise it shows what the critic is given.
+        batch: With ``latents``, where samples stand in a batch, to draw as many. Default: the
+            module's own ``batch``, else first.
 
     Raises:
         ValueError: If an argument is out of range; when fitting begins, if the attributes, their
             optimizers, or latents, generator and critic do not fit.
-        TypeError: Before the first step, if generator or critic take several inputs or do not
-            return a tensor.
-        RuntimeError: If the critic's optimizer steps without Lightning's knowledge.
+        TypeError: Before the first step, if the critic does not return a tensor.
+        RuntimeError: If the critic's optimizer steps without Lightning's knowledge, or the critic
+            has seen no output of the generator; if a layer of it is differentiable once only.
 
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, regularised discrepancy MMD_{alpha,beta}.
@@ -91,10 +106,12 @@ class ParametricGradientPenalty(Callback):
         generator: str = "generator",
         critic: str = "critic",
         latents: int | Latents | Callable[[int], Any] | None = None,
-        critic_values: Callable[[Any], Tensor] | None = None,
+        critic_values: Callable | None = None,
         estimator: Estimator | None = None,
         interval: int = 1,
         seed: int = 0,
+        generator_output: Callable | None = None,
+        batch: BatchParts | None = None,
     ) -> None:
         if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be a finite number >= 0, got {alpha}.")
@@ -116,8 +133,11 @@ class ParametricGradientPenalty(Callback):
         self.interval = interval
         self.seed = seed
         self.critic_step = 0
+        self.generator_output = generator_output
+        self.batch = batch
         self._handles: list[Any] = []
-        self._latents: dict[int, Tensor | int] = {}  # by batch, since the critic's last step
+        self._clip: Callable | None = None
+        self._clipping: Callable | None = None
 
     @property
     def state_key(self) -> str:
@@ -142,71 +162,63 @@ class ParametricGradientPenalty(Callback):
                 f"the critic {self.critic!r} ({type(critic).__name__}) has no parameter with "
                 "requires_grad=True, so there is nothing to penalise. Unfreeze some."
             )
-        self._optimizer = self._find_optimizer(trainer, pl_module)
+        self._optimizer = critics_optimizer(self, trainer, self._networks)
+        super().on_fit_start(trainer, pl_module)
+        self._trainer, self._log = trainer, Log()
         # Which parameters count is settled now: a toggled module hides some of them later.
         self._generator_parameters = trainable_parameters(generator)
         self._seen = False
-        self._stale = True
-        self._penalising = False
-        self._batch_idx: int | None = None
-        self._latents = {}
+        self._fresh: list[int] = []  # numbers of latents to draw
+        self._evaluation = RecordedPenalty(
+            self._networks,
+            self._generator_parameters,
+            self.estimator,
+            self._read,
+            self.generator_output,
+            functools.partial(mean_over_processes, trainer),
+        )
         warn_of_kinks(critic)
-        if self._draws:
-            self._check_networks(pl_module.device)
-        else:
-            outer = pl_module.get_submodule(self.generator)  # a compiled one hides the inner hooks
-            hook = outer.register_forward_pre_hook(self._record, with_kwargs=True)
-            self._handles.append(hook)
+        if self.latents is not None:
+            self._check_networks(pl_module)
+        # A compiled network hides the hooks of the one within.
         outer = pl_module.get_submodule(self.critic)
+        self._calls = LatentLog(pl_module.get_submodule(self.generator), outer, generator)
         self._first_call = outer.register_forward_hook(self._check_call, with_kwargs=True)
-        self._handles += [
+        self._handles = [
+            *self._calls.handles,
             self._first_call,
             self._optimizer.register_step_post_hook(self._check_step),
         ]
+        moving = own_optimizer(trainer, generator)
+        if moving is not None:
+            hook = moving.register_step_post_hook(self._calls.end_generator_step)
+            self._handles.append(hook)
+        self._clip = self._clipping = None
         if not pl_module.automatic_optimization:
             self._clip = pl_module.clip_gradients
-            pl_module.clip_gradients = self._clip_gradients  # pyright: ignore
+            self._clip_was_own = "clip_gradients" in vars(pl_module)
+            self._clipping = functools.partial(self._clip_gradients, pl_module)
+            pl_module.clip_gradients = self._clipping  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _find_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> Optimizer:
+    def _check_networks(self, pl_module: LightningModule) -> None:
+        """Run two fresh draws through both networks."""
         critic, generator = self._networks
-        optimizers = optimizers_of(trainer, critic)
-        name = type(self).__name__
-        if len(optimizers) != 1:
-            raise ValueError(
-                f"{name} adds to the one optimizer of the critic {self.critic!r}, but "
-                f"{len(optimizers)} of the {len(trainer.optimizers)} optimizers of "
-                f"{type(pl_module).__name__} hold its parameters. Let configure_optimizers return "
-                "one for it."
-            )
-        if holds(optimizers[0], generator):
-            raise ValueError(
-                f"{name} needs an optimizer for the critic alone, but a "
-                f"{type(optimizers[0]).__name__} holds parameters of both {self.critic!r} and "
-                f"{self.generator!r}. Let configure_optimizers return one for each network."
-            )
-        if any(group.get("maximize") for group in optimizers[0].param_groups):
-            raise ValueError(
-                f"{name} adds to a loss that is minimised, but the critic's optimizer has "
-                "maximize=True. Minimise the negative loss."
-            )
-        return optimizers[0]
-
-    def _check_networks(self, device: torch.device) -> None:
-        """Run two fresh latents through both networks."""
-        critic, generator = self._networks
+        device = pl_module.device
         with undisturbed(self._networks, device, self.seed), torch.no_grad():
-            z = self._draw(2, device)
+            inputs = self._draw(2, device)
+            shapes = " and ".join(str(tuple(part.shape)) for part in inputs)
             try:
-                x = generator(z)
+                x = generator(*inputs)
             except Exception as error:
                 raise ValueError(
                     f"the generator {self.generator!r} ({type(generator).__name__}) does not take "
-                    f"latents of shape {tuple(z.shape)}: {str(error).rstrip('.')}. Set latents "
+                    f"latents of shape {shapes}: {str(error).rstrip('.')}. Set latents "
                     "to what it takes, or leave it out."
                 ) from error
-            check_samples(generator, x, len(z))
+            x = x if self.generator_output is None else self.generator_output(x)
+            check_samples(generator, x, 2)
             try:
-                output = critic(x)
+                output = critic(x, *inputs[1:])
             except Exception as error:
                 raise ValueError(
                     f"the critic {self.critic!r} ({type(critic).__name__}) does not take samples "
@@ -218,8 +230,9 @@ class ParametricGradientPenalty(Callback):
     def _check_call(self, critic: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Check the module's own first call of its critic, which precedes every step."""
         self._first_call.remove()
-        _require_one_input("critic", self.critic, args, kwargs)
-        self._read(output, len(args[0]))
+        place = first_tensor(args, kwargs, lambda tensor: tensor.ndim > 0)
+        if place is not None:
+            self._read(output, len(place.tensor))
 
     def _check_step(self, *_: Any) -> None:
         if not self._seen:
@@ -230,53 +243,27 @@ class ParametricGradientPenalty(Callback):
             )
         self._seen = False
 
-    # Latents
-
-    @property
-    def _draws(self) -> bool:
-        return self.latents is not None
+    # Batches
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_idx = batch_idx
-        self._keeps = pl_module.automatic_optimization
-        if self._draws:
-            self._note(extract_batch_size(batch))
+        if self.latents is None:
+            self._calls.begin_batch()
+            return
+        if not pl_module.automatic_optimization:
+            self._fresh.clear()
+        self._fresh.append(batch_size(self, pl_module, batch, self.batch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_idx = None
+        self._calls.end_batch()
+        self._log.send(trainer, self.updates)
 
-    def _record(self, generator: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._batch_idx is None or self._penalising or not generator.training:
-            return  # not the module's own training
-        _require_one_input("generator", self.generator, args, kwargs)
-        self._note(args[0].detach())
-
-    def _note(self, latents: Tensor | int) -> None:
-        """Keep latents, or how many to draw, of this batch and of those accumulated with it."""
-        if self._stale:
-            self._latents.clear()
-            self._stale = not self._keeps
-        self._latents[self._batch_idx or 0] = latents
-
-    def _draw(self, num: int, device: torch.device) -> Tensor:
+    def _draw(self, num: int, device: torch.device) -> tuple[Tensor, ...]:
         dtype = next(iter(self._generator_parameters.values())).dtype
-        return (self.latents or Latents(1))(num, dtype, device)[0]
-
-    def _gather_latents(self, device: torch.device) -> Tensor:
-        if not self._latents:
-            raise RuntimeError(
-                f"the critic {self.critic!r} steps, but the generator {self.generator!r} has not "
-                "been called in training mode yet, so there are no latents to penalise at. Give "
-                "latents."
-            )
-        seen = self._latents.values()
-        z = torch.cat([z if isinstance(z, Tensor) else self._draw(z, device) for z in seen])
-        dtype = next(iter(self._generator_parameters.values())).dtype
-        return z.to(dtype) if z.is_floating_point() else z
+        return (self.latents or Latents(1))(num, dtype, device)
 
     # The penalty
 
@@ -288,13 +275,15 @@ class ParametricGradientPenalty(Callback):
                 self._add(trainer, pl_module)
             self._seen = True
 
-    def _clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+    def _clip_gradients(
+        self, pl_module: LightningModule, optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
         """Add the penalty before a module that optimises by hand clips the critic's gradient."""
         if getattr(optimizer, "_optimizer", optimizer) is self._optimizer and not self._seen:
-            module = self._clip.__self__  # pyright: ignore[reportFunctionMemberAccess]
-            self._add(module.trainer, module)
+            self._add(pl_module.trainer, pl_module)
             self._seen = True
-        self._clip(optimizer, *args, **kwargs)
+        if self._clip is not None:
+            self._clip(optimizer, *args, **kwargs)
 
     def _add(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = {id(p) for p in self._networks[0].parameters()}
@@ -302,29 +291,55 @@ class ParametricGradientPenalty(Callback):
         parameters = [p for p in held if id(p) in own and p.requires_grad]
         if all(p.grad is None for p in parameters):  # the module skipped this step
             return
+        calls, fresh = self._calls.take(), sum(self._fresh)
+        self._fresh.clear()
         self.critic_step += 1
         if (self.critic_step - 1) % self.interval == 0:
-            self._penalising = True
-            metrics = self._add_gradient(trainer, parameters)
-            self._penalising = False
-            pl_module.log_dict({f"penalty/{name}": value for name, value in metrics.items()})
-        self._stale = True
+            metrics = self._add_gradient(trainer, parameters, calls, fresh)
+            names = {self.log_name(name): value for name, value in metrics.items()}
+            self._log.note(pl_module, names)
 
-    def _add_gradient(self, trainer: Trainer, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
-        critic, generator = self._networks
+    def log_name(self, name: str) -> str:
+        """Return the name of a number in the log: with the networks' where there are several."""
+        callbacks = callbacks_of(self._trainer)
+        alone = sum(isinstance(c, ParametricGradientPenalty) for c in callbacks) == 1
+        return f"penalty/{name}" if alone else f"penalty/{self.generator}/{self.critic}/{name}"
+
+    def _penalty(self, calls: list[CriticCall], fresh: int, device: torch.device) -> Tensor:
+        if self.latents is not None:
+            return self._evaluation.at(self._draw(fresh, device))
+        self._require_calls(calls)
+        return self._evaluation.of(calls, self._calls)
+
+    def _require_calls(self, calls: list[CriticCall]) -> None:
+        if calls:
+            return
+        if not self._calls.generator_was_called:
+            raise RuntimeError(
+                f"the critic {self.critic!r} steps, but the generator {self.generator!r} has not "
+                "been called in training yet, so there are no latents to penalise at. The module "
+                f"must call self.{self.generator}(...) itself; or set latents to their length."
+            )
+        raise RuntimeError(
+            f"the critic {self.critic!r} steps, but it has seen no output of the generator "
+            f"{self.generator!r} since its last step: what it saw was changed on the way (an "
+            "augmentation, noise), or older than this batch (a buffer of images), or a method or a "
+            "part of it was called. Let the module call "
+            f"self.{self.critic}(self.{self.generator}(...)), detached or not; or give latents, "
+            "and the penalty is taken at fresh samples."
+        )
+
+    def _add_gradient(
+        self, trainer: Trainer, parameters: list[nn.Parameter], calls: list[CriticCall], fresh: int
+    ) -> dict[str, Tensor]:
         device = parameters[0].device
         counters = (self.seed, trainer.global_rank, self.critic_step)
-        with undisturbed(self._networks, device, *counters), torch.enable_grad():
-            z = self._gather_latents(device)
-            penalty = penalised_critic(
-                lambda x: self._read(critic(x), len(x)),
-                generator,
-                [(z[group],) for group in self.estimator.groups(len(z))],
-                "forward",
-                estimator=self.estimator,
-                parameters=self._generator_parameters,
-                mean=functools.partial(mean_over_processes, trainer),
-            ).penalty
+        with (
+            undisturbed(self._networks, device, *counters),
+            self._calls.paused(),
+            torch.enable_grad(),
+        ):
+            penalty = self._penalty(calls, fresh, device)
             with full_precision(device):
                 gradients = torch.autograd.grad(
                     penalty, parameters, allow_unused=True, materialize_grads=True
@@ -341,50 +356,33 @@ class ParametricGradientPenalty(Callback):
         return {"parametric": value.squeeze(0).float(), "share": share.float()}
 
     def _read(self, output: Any, num: int) -> Tensor:
-        """Return the critic's values, of shape (n,)."""
-        values = output if self.critic_values is None else self.critic_values(output)
-        if not isinstance(values, Tensor):
-            source = "returns" if self.critic_values is None else "gives, through critic_values,"
-            raise TypeError(
-                f"the critic {self.critic!r} {source} no tensor but {type(values).__name__}. Give "
-                "critic_values, a callable from what it returns to values of shape (n,)."
-            )
-        if values.ndim > 2 and values.shape[:2] == (num, 1):  # a map of scores of patches
-            values = values.flatten(1).mean(1)
-        if values.shape not in ((num,), (num, 1)):
-            raise ValueError(
-                f"the critic {self.critic!r} returns shape {tuple(values.shape)} for {num} samples "
-                f"where ({num},), ({num}, 1) or maps ({num}, 1, h, w) are expected. Give "
-                "critic_values, a callable from what it returns to values of shape (n,)."
-            )
-        return values.reshape(num)
+        return read_values(self, self.critic, output, num, self.critic_values)
 
     # The end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if vars(pl_module).get("clip_gradients") == self._clip_gradients:
-            del pl_module.clip_gradients
+        self._log.send(trainer, self.updates, last=True)
+        super().on_fit_end(trainer, pl_module)
+        self._release(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.on_fit_end(trainer, pl_module)
+        super().on_exception(trainer, pl_module, exception)
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._clip is not None and vars(pl_module).get("clip_gradients") is self._clipping:
+            vars(pl_module).pop("clip_gradients")
+            if self._clip_was_own:
+                pl_module.clip_gradients = self._clip
 
     def state_dict(self) -> dict[str, Any]:
-        return {"critic_step": self.critic_step}
+        return {**super().state_dict(), "critic_step": self.critic_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.critic_step = state_dict["critic_step"]
-
-
-def _require_one_input(role: str, path: str, args: tuple, kwargs: dict) -> None:
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return
-    raise TypeError(
-        f"the {role} {path!r} is called with {len(args) + len(kwargs)} inputs, where one tensor "
-        "is expected. For a conditional GAN add parametric_gradient_penalty to the critic's loss, "
-        "with functions that hold the other inputs."
-    )

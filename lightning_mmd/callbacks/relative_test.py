@@ -1,8 +1,8 @@
 """Learning rates that fall when samples no longer improve."""
 
-import copy
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mmd.callbacks.cadence import GeneratorCadence, Samples, keep_random_state
+from lightning_mmd.batches import BatchParts
+from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
 from lightning_mmd.callbacks.images import training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
+from lightning_mmd.callbacks.loggers import send_scalars
+from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import relative_similarity_test
+from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.wide import at_least_float32
 
 __all__ = ["RelativeTestLR"]
 
@@ -46,6 +51,10 @@ class RelativeTestLR(GeneratorCadence):
         features: Network that embeds images before the kernel; a frozen copy of it is used.
         sample_batch_size: Images sampled or embedded at a time.
         seed: Of the real images and of the latents.
+        generator: See `GeneratorCadence`; also the following two.
+        generator_output: See there.
+        batch: Where images stand in a batch. Default: the module's own ``batch``, else first.
+        sampler: See there.
 
     Attributes:
         history: One dictionary a test: ``step``, ``p_value``, ``difference`` (MMD^2 then minus
@@ -81,8 +90,12 @@ class RelativeTestLR(GeneratorCadence):
         features: nn.Module | None = None,
         sample_batch_size: int = 500,
         seed: int = 0,
+        generator: str | None = None,
+        generator_output: Callable | None = None,
+        batch: BatchParts | None = None,
+        sampler: str = "sample",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, generator, generator_output, sampler)
         if min(lookback, patience, sample_batch_size) < 1 or num_samples < 3:
             raise ValueError(
                 "RelativeTestLR needs lookback, patience and sample_batch_size of at least 1 and "
@@ -101,9 +114,10 @@ class RelativeTestLR(GeneratorCadence):
         self.factor = factor
         self.min_lr = min_lr
         self.num_samples = num_samples
-        self.features = None if features is None else copy.deepcopy(features).eval()
+        self.features = None if features is None else copy_network(features).eval()
         self.sample_batch_size = sample_batch_size
         self.seed = seed
+        self.batch = batch
         self.history: list[dict[str, float]] = []
         self._failures = 0
         self._past: list[Tensor] = []
@@ -121,37 +135,34 @@ class RelativeTestLR(GeneratorCadence):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            with keep_random_state(pl_module.device):
+            with observing(pl_module.device):
                 torch.manual_seed(self.seed)  # of random transforms
-                images = training_images(self, trainer, self.num_samples, self.seed)
+                images, *_ = training_images(self, trainer, self.num_samples, self.seed, self.batch)
                 batches = images.to(pl_module.device).split(self.sample_batch_size)
                 self._real = torch.cat([self._embed(batch) for batch in batches])
         super().on_train_start(trainer, pl_module)
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:
+    def observe(self, trainer: Trainer, model: Sampling) -> None:
         lowers = self._no_longer_improves(trainer, model) if trainer.is_global_zero else False
         if trainer.strategy.broadcast(lowers):
             rates = scale_learning_rates(trainer, self.factor, self.min_lr)
             shown = ", ".join(f"{rate:.3g}" for rate in rates)
             rank_zero_info(
-                f"RelativeTestLR: no improvement at generator update {trainer.global_step}; "
+                f"RelativeTestLR: no improvement at generator update {self.updates}; "
                 f"learning rates are now {shown}."
             )
         if trainer.is_global_zero and self.history:
             newest = self.history[-1]
             newest.setdefault("lr", float(trainer.optimizers[0].param_groups[0]["lr"]))
-            if newest["step"] == trainer.global_step:
+            if newest["step"] == self.updates:
                 scalars = {f"relative_test/{k}": newest[k] for k in ("p_value", "lr")}
-                for logger in trainer.loggers:
-                    logger.log_metrics(scalars, step=trainer.global_step)
+                send_scalars(trainer, scalars, self.updates)
 
-    def _no_longer_improves(self, trainer: Trainer, model: Samples) -> bool:
+    def _no_longer_improves(self, trainer: Trainer, model: Sampling) -> bool:
         """Compare with the samples of some evaluations ago; return whether to lower the rates."""
-        seed = random.Random(f"relative test {self.seed} {trainer.global_step}").getrandbits(32)
+        seed = random.Random(f"relative test {self.seed} {self.updates}").getrandbits(32)
         latents = model.fixed_latents(self.num_samples, seed)
-        now = torch.cat(
-            [self._embed(model.sample(len(z), z)) for z in latents.split(self.sample_batch_size)]
-        )
+        now = torch.cat([self._embed(x) for x in model.in_parts(latents, self.sample_batch_size)])
         self._past.append(now)
         if len(self._past) <= self.lookback or self._real is None:
             return False
@@ -159,7 +170,7 @@ class RelativeTestLR(GeneratorCadence):
         result = relative_similarity_test(self._real, then, now, self.kernel)
         self.history.append(
             {
-                "step": trainer.global_step,
+                "step": self.updates,
                 "p_value": result.p_value,
                 "difference": result.difference,
             }
@@ -172,7 +183,8 @@ class RelativeTestLR(GeneratorCadence):
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        return images if self.features is None else self.features.to(images.device)(images)
+        images = images if self.features is None else embed(self.features, images)
+        return at_least_float32(images)
 
     def state_dict(self) -> dict[str, Any]:
         history = [dict(entry) for entry in self.history]

@@ -1,13 +1,14 @@
 """Pictures of the generator's samples while it trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lightning_mmd.callbacks.cadence import GeneratorCadence, Samples
+from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
+from lightning_mmd.callbacks.loggers import send_picture
 from lightning_mmd.data import import_torchvision
 from lightning_mmd.internals import is_fast_dev_run
 
@@ -17,7 +18,7 @@ SCATTER_BINS = 128
 
 
 class SampleGrid(GeneratorCadence):
-    """Picture of samples from fixed latents: always a PNG file, and in W&B and TensorBoard.
+    """Picture of samples from fixed latents: always a PNG file, and in loggers that take pictures.
 
     Made before the first generator update, every `every_n_steps` updates and at the end, on the
     axis of the scalars. Images become a grid; points in the plane become a two-dimensional
@@ -36,6 +37,9 @@ class SampleGrid(GeneratorCadence):
             range of both axes, by default what holds them all.
         scale: Enlarges every pixel to scale x scale, for example 4 for 8x8 images.
         name: Name in the logs and of the default directory, to tell several grids apart.
+        generator: See `GeneratorCadence`; also the following two.
+        generator_output: See there.
+        sampler: See there.
 
     Attributes:
         last_path: File of the newest picture, None before the first.
@@ -61,8 +65,11 @@ class SampleGrid(GeneratorCadence):
         value_range: tuple[float, float] | None = None,
         scale: int = 1,
         name: str = "samples",
+        generator: str | None = None,
+        generator_output: Callable | None = None,
+        sampler: str = "sample",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, generator, generator_output, sampler)
         if min(num_samples, num_columns, scale) < 1:
             raise ValueError(
                 "SampleGrid needs num_samples, num_columns and scale of at least 1, got "
@@ -96,21 +103,17 @@ class SampleGrid(GeneratorCadence):
                 "torchvision), or remove the callback."
             ) from error
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:
+    def observe(self, trainer: Trainer, model: Sampling) -> None:
         if not trainer.is_global_zero:
             return
         latents = model.fixed_latents(self.num_samples, self.seed)
-        picture = self.draw(model.sample(self.num_samples, latents=latents))
+        picture = self.draw(model.sample(latents))
         if is_fast_dev_run(trainer):
             return
         directory = _run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
-        self.last_path = Path(directory) / f"step={trainer.global_step:06d}.png"
+        self.last_path = Path(directory) / f"step={self.updates:06d}.png"
         self.save(picture, self.last_path)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(self.name, [str(self.last_path)], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(self.name, picture, global_step=trainer.global_step)
+        send_picture(trainer, self.name, picture, self.last_path, self.updates)
 
     def draw(self, samples: Tensor) -> Tensor:
         """Return the picture of some samples.

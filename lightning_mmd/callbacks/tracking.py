@@ -2,24 +2,23 @@
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mmd.callbacks.cadence import (
-    GeneratorCadence,
-    Samples,
-    keep_random_state,
-    require_samples,
-)
-from lightning_mmd.callbacks.images import dataset_of, read_samples
+from lightning_mmd.batches import BatchParts
+from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
+from lightning_mmd.callbacks.ema import averaged_weights
+from lightning_mmd.callbacks.images import ImageReader, RangeCheck
+from lightning_mmd.callbacks.loggers import describe, send_scalars
+from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
+from lightning_mmd.latents import select
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
 
 __all__ = ["MMDTracker"]
@@ -55,6 +54,10 @@ class MMDTracker(GeneratorCadence):
         sample_batch_size: Images sampled or embedded at a time.
         seed: Of the subsets and of the latents.
         name: Name of the value in the logs, to tell several trackers apart.
+        generator: See `GeneratorCadence`; also the following two.
+        generator_output: See there.
+        batch: Where images stand in a batch. Default: the module's own ``batch``, else first.
+        sampler: See there.
 
     Attributes:
         history: One dictionary a measurement: ``step`` (generator updates), ``mmd2`` and
@@ -88,8 +91,12 @@ class MMDTracker(GeneratorCadence):
         sample_batch_size: int = 500,
         seed: int = 0,
         name: str = "mmd2",
+        generator: str | None = None,
+        generator_output: Callable | None = None,
+        batch: BatchParts | None = None,
+        sampler: str = "sample",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, generator, generator_output, sampler)
         if min(num_real, num_fake) < 2 or sample_batch_size < 1:
             raise ValueError(
                 "MMDTracker needs num_real and num_fake of at least 2 and sample_batch_size of at "
@@ -101,6 +108,8 @@ class MMDTracker(GeneratorCadence):
         self.sample_batch_size = sample_batch_size
         self.seed = seed
         self.name = name
+        self.batch = batch
+        self._range = RangeCheck(self)
         self.history: list[dict[str, float]] = []
         self.floor: float | None = None
         self._metric = MaximumMeanDiscrepancy(
@@ -137,20 +146,19 @@ class MMDTracker(GeneratorCadence):
         self.history = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with keep_random_state(pl_module.device):
-            self._prepare(trainer, require_samples(self, pl_module))
+        with observing(pl_module.device):
+            self._prepare(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
-    def observe(self, trainer: Trainer, model: Samples) -> None:
+    def observe(self, trainer: Trainer, model: Sampling) -> None:
         begin = time.perf_counter()
         value = self._measure(trainer, model)
         seconds = time.perf_counter() - begin
-        self.history.append({"step": trainer.global_step, "mmd2": value, "seconds": seconds})
+        self.history.append({"step": self.updates, "mmd2": value, "seconds": seconds})
         scalars = {f"val/{self.name}": value}
         if self.floor is not None:
             scalars[f"val/{self.name}_real"] = self.floor
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+        send_scalars(trainer, scalars, self.updates)
         # Not `pl_module.log`: before the first and after the last batch Lightning refuses it or
         # would report the value of the start as that of the first epoch's end.
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in scalars.items()})
@@ -167,14 +175,13 @@ class MMDTracker(GeneratorCadence):
         self, trainer: Trainer, pl_module: LightningModule, loaders: Any, key: str
     ) -> None:
         """Measure once against some data, outside of training."""
-        model = require_samples(self, pl_module)
-        with keep_random_state(pl_module.device):
-            _, images = self._draw(trainer, model, loaders, self.num_real)
+        with observing(pl_module.device), averaged_weights(trainer, pl_module):
+            _, images = self._draw(trainer, pl_module, loaders, self.num_real)
             self._hold_out(images)
-            value = self._measure(trainer, model)
+            value = self._measure(trainer, self.sampling(pl_module))
         pl_module.log(key, value, prog_bar=True, sync_dist=True)
 
-    def _prepare(self, trainer: Trainer, model: Samples) -> None:
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the held-out images, measure the floor and say what is measured."""
         loaders = trainer.val_dataloaders
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
@@ -185,21 +192,32 @@ class MMDTracker(GeneratorCadence):
                 "MMDTracker needs held-out images, got no validation data. Pass val_dataloaders to "
                 "trainer.fit, or give the data module a val_dataloader()."
             )
-        num_real, images = self._draw(trainer, model, loaders, self.num_real)
+        num_real, images = self._draw(trainer, pl_module, loaders, self.num_real)
         self._hold_out(images)
         self.floor = None
         if self.with_floor:
-            _, others = self._draw(trainer, model, trainer.train_dataloader, num_real)
+            _, others = self._draw(
+                trainer, pl_module, trainer.train_dataloader, num_real, floor=True
+            )
             self.floor = self._compare(others.split(self.sample_batch_size))
         low = trainer.strategy.reduce(images.min(), reduce_op="min")
         high = trainer.strategy.reduce(images.max(), reduce_op="max")
         self._describe(trainer, num_real, low, high)
 
-    def _draw(self, trainer: Trainer, model: Samples, loaders: Any, num: int) -> tuple[int, Tensor]:
+    def _draw(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loaders: Any,
+        num: int,
+        floor: bool = False,
+    ) -> tuple[int, Tensor]:
         """Return how many images are drawn from a loader's dataset, and this rank's share."""
-        loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-        dataset = dataset_of(self, loader)
-        available = len(dataset)
+        cure = "The floor needs training images by index: set floor=False, or put the images"
+        reader = ImageReader(
+            self, trainer, pl_module, loaders, self.batch, cure if floor else "Put the images"
+        )
+        available = reader.num
         smallest = min(available, num, self.num_fake)
         if smallest < max(2, trainer.world_size):
             raise ValueError(
@@ -211,8 +229,8 @@ class MMDTracker(GeneratorCadence):
         num = min(num, available)
         order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
         share = order[:num].tensor_split(trainer.world_size)[trainer.global_rank]
-        torch.manual_seed(self.seed)  # of random transforms; put back by `keep_random_state`
-        return num, read_samples(self, dataset, share).to(model.device)
+        torch.manual_seed(self.seed)  # of random transforms; put back by `observing`
+        return num, reader.read(share)
 
     def _hold_out(self, images: Tensor) -> None:
         """Make some images the real side."""
@@ -221,6 +239,7 @@ class MMDTracker(GeneratorCadence):
         self._metric.reset()
         for batch in images.split(self.sample_batch_size):
             self._metric.update(batch, real=True)
+        self._range.real(images)
 
     def _compare(self, batches: Iterable[Tensor]) -> float:
         """Return MMD^2 of the held-out images against some others, of all ranks."""
@@ -230,18 +249,21 @@ class MMDTracker(GeneratorCadence):
         self._metric.reset()
         return value
 
-    def _measure(self, trainer: Trainer, model: Samples) -> float:
+    def _measure(self, trainer: Trainer, model: Sampling) -> float:
         """Return MMD^2 of the held-out images against fresh samples, of all ranks."""
-        seed = random.Random(f"{self.seed} {trainer.global_step}").getrandbits(32)
+        seed = random.Random(f"{self.seed} {self.updates}").getrandbits(32)
         latents = model.fixed_latents(self.num_fake, seed)
-        share = latents.tensor_split(trainer.world_size)[trainer.global_rank]
-        return self._compare(
-            model.sample(len(batch), latents=batch) for batch in share.split(self.sample_batch_size)
-        )
+        cuts = torch.arange(self.num_fake).tensor_split(trainer.world_size)[trainer.global_rank]
+        share = select(latents, slice(int(cuts[0]), int(cuts[-1]) + 1)) if len(cuts) else ()
+        if not share:
+            return self._compare([])
+        samples = model.in_parts(share, self.sample_batch_size)
+        return self._compare(map(self._range.generated, samples))
 
     def _describe(self, trainer: Trainer, num_real: int, low: Tensor, high: Tensor) -> None:
         """Log what is measured."""
         measured = {
+            "split": "validation",
             "kernel": repr(self._metric.kernel),
             "features": self._features_name,
             "estimator": "unbiased" if self._metric.unbiased else "biased",
@@ -249,9 +271,4 @@ class MMDTracker(GeneratorCadence):
             "num_fake": self.num_fake,
             "real_range": [low.item(), high.item()],
         }
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):  # a second set of hparams hides the first
-                rows = "\n".join(f"| {key} | {value} |" for key, value in measured.items())
-                logger.experiment.add_text(f"val/{self.name}", f"| | |\n|---|---|\n{rows}", 0)
-            else:
-                logger.log_hyperparams({f"val/{self.name}": measured})
+        describe(trainer, f"val/{self.name}", measured)
