@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_mmd import (
     DeepKernel,
     EmbeddingCritic,
+    FeatureMatching,
     Game,
     GradientAscent,
     Latents,
@@ -307,6 +308,7 @@ def new_rule(spec: Spec) -> UpdateRule:
         objective=objectives[spec.get("objective", "logistic")](),
         slope=penalty,
         share_samples=True,
+        matching=FeatureMatching(spec["matching"]) if spec.get("matching") else None,
     )
 
 
@@ -336,29 +338,21 @@ RIVALS: dict[str, type[Rival]] = {
 }
 
 
-class Matched(NonSaturating):
-    """A trial: the generator descends MMD^2 of the critic's features too."""
+def matching_loss(real: Tensor, fake: Tensor, spec: Spec) -> Tensor:
+    """Return what `FeatureMatching` adds to a generator's loss."""
+    return FeatureMatching(spec.get("matching", 6.0)).loss(real, fake)
 
-    def __init__(self, shape: tuple[int, ...], spec: Spec) -> None:
-        super().__init__(shape, spec)
-        self.kernel = SumKernel([RationalQuadratic(alpha=a) for a in (0.5, 1.0, 2.0)])
+
+class MatchedRelativistic(Relativistic):
+    """A trial: R3GAN's loss, and MMD^2 of the critic's features in the generator's."""
 
     def generator_loss(self, real: Tensor, fake: Tensor, z: Tensor, step: int) -> Tensor:
         features, head = self.critic[0], self.critic[1]
         with torch.no_grad():
             on_real = features(real)
-            scale = 1 / (on_real.var(0).sum().sqrt() + 1e-6)
         on_fake = features(fake)
-        value = F.softplus(-head(on_fake)).mean()
-        if self.spec.get("match") == "mean":
-            gap = (on_real.mean(0) - on_fake.mean(0)) * scale
-            mmd2 = gap.square().sum()
-        else:
-            r, f = on_real * scale, on_fake * scale
-            gram = self.kernel(f, f)
-            within = (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
-            mmd2 = (within - 2 * self.kernel(r, f).mean()) / 3
-        return value + self.spec.get("weight", 1.0) * mmd2
+        value = F.softplus(head(on_real) - head(on_fake)).mean()
+        return value + matching_loss(on_real, on_fake, self.spec)
 
 
-RIVALS["matched"] = Matched
+RIVALS["matched_relativistic"] = MatchedRelativistic

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         median_bandwidth,
     )
     from lightning_mmd.latents import Latents
+    from lightning_mmd.matching import FeatureMatching
     from lightning_mmd.metrics import MaximumMeanDiscrepancy
     from lightning_mmd.mmd import (
         mmd2_biased,
@@ -128,6 +129,7 @@ _HOMES = {
         "median_bandwidth",
     ],
     "latents": ["Latents"],
+    "matching": ["FeatureMatching"],
     "metrics": ["MaximumMeanDiscrepancy"],
     "mmd": [
         "mmd2_biased",

@@ -30,6 +30,7 @@ import lightning_mmd.features
 import lightning_mmd.gradient_ascent
 import lightning_mmd.kernel_objectives
 import lightning_mmd.kernels
+import lightning_mmd.matching
 import lightning_mmd.networks
 import lightning_mmd.noise
 import lightning_mmd.objectives
@@ -406,6 +407,7 @@ def _neighbours(name: str) -> str:
         lightning_mmd.gradient_ascent,
         lightning_mmd.kernel_objectives,
         lightning_mmd.kernels,
+        lightning_mmd.matching,
         lightning_mmd.networks,
         lightning_mmd.noise,
         lightning_mmd.objectives,

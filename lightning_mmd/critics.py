@@ -83,9 +83,14 @@ class LearnedKernelCritic(nn.Module):
             )
         return h if self.random_features is None else self.random_features(h)
 
-    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
-        """Return f(x), of shape (n,)."""
-        return self.embed(x, *labels) @ self.weights
+    def forward(self, x: Tensor, *labels: Tensor, embedding: bool = False) -> Tensor:
+        """Return f(x), of shape (n,); with ``embedding``, the feature map phi(x), (n, r)."""
+        embedded = self.embed(x, *labels)
+        return embedded if embedding else self.read(embedded)
+
+    def read(self, embedded: Tensor) -> Tensor:
+        """Return f where phi is known: <w, phi>, of shape (n,)."""
+        return embedded @ self.weights
 
     def rkhs_norm2(self) -> Tensor:
         """Return ||w||^2: the squared RKHS norm of f for w of least norm, else a bound."""

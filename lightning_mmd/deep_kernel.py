@@ -22,6 +22,7 @@ from lightning_mmd.kernel_objectives import (
 )
 from lightning_mmd.kernels import Gaussian, Kernel
 from lightning_mmd.latents import select
+from lightning_mmd.matching import EmbeddingStep, ascent_of_mmd2
 from lightning_mmd.parted import (
     PartedPass,
     SharedEmbedding,
@@ -285,65 +286,20 @@ class DeepKernel(UpdateRule):
         ]
 
     def _generator_step(self, game: Game, z: Inputs, generated: PartedPass) -> Tensor:
-        processes, generator, critic = game.processes, game.generator, game.critic.network
-        real = game.target(z)
-        with torch.no_grad():
-            kept = PartedPass(
-                critic, lambda k, _: select(real, generated.parts[k]), generated.parts, keep=False
+        step, kernel = EmbeddingStep(game, z, generated, game.critic.network), self._kernel
+        noisy = None
+        if game.hooks:
+            everyone = step.of_fake.everyone.detach()
+            noisy = step.moved_gradient(
+                lambda e, itself: ascent_of_mmd2(
+                    kernel, game.batch_size, e, step.of_real, everyone, itself
+                )
             )
-        of_real = SharedEmbedding(kept, processes).everyone.detach()
-
-        def inputs(k: int, with_graph: bool) -> Inputs:
-            part = generated.parts[k]
-            samples = generated.part(k) if with_graph else generated.whole[part]
-            return (samples, *select(z[1:], part))
-
-        embedding = PartedPass(critic, inputs, generated.parts)
-        of_fake = SharedEmbedding(embedding, processes)
-        everyone, kernel = of_fake.everyone, self._kernel
-        loss = off_diagonal_mean(kernel(everyone, everyone)) - 2 * kernel(of_real, everyone).mean()
-        (cotangent,) = torch.autograd.grad(loss, everyone)
-        noisy = self._noisy_gradient(game, z, generated, of_real, of_fake) if game.hooks else None
-        gradient = processes.mean(pull_back(generator, [(of_fake, cotangent)], processes))
+        gradient = step.gradient(
+            lambda real, fake: off_diagonal_mean(kernel(fake, fake)) - 2 * kernel(real, fake).mean()
+        )
         self._estimator.observe(-gradient)
-        return generator.step(gradient if noisy is None else noisy)
-
-    def _noisy_gradient(
-        self,
-        game: Game,
-        z: Inputs,
-        generated: PartedPass,
-        of_real: Tensor,
-        of_fake: SharedEmbedding,
-    ) -> Tensor | None:
-        """Gradient through what hooks put in place of the samples' gradients; None without any.
-
-        Sample i follows (2 / n) grad f_i, f_i the witness of all samples but itself.
-        """
-        num, everyone = game.batch_size, of_fake.everyone.detach()
-        total = everyone.new_zeros(())
-        for k, part in enumerate(generated.parts):
-            rows = of_fake.rows(k)
-            itself = torch.zeros(part.stop - part.start, len(everyone), device=everyone.device)
-            itself[range(len(itself)), range(rows.start, rows.stop)] = 1
-            labels = select(z[1:], part)
-
-            def gradient_at(
-                x: Tensor, k: int = k, itself: Tensor = itself, labels: Inputs = labels
-            ) -> Tensor:
-                x = x.detach().requires_grad_()
-                with torch.enable_grad():
-                    e = of_fake.embedding.again(k, x, *labels).to(everyone.dtype)
-                    others = (self._kernel(e, everyone) * (1 - itself)).sum() / (len(everyone) - 1)
-                    ascent = 2 / num * (self._kernel(e, of_real).mean(1).sum() - others)
-                    return torch.autograd.grad(ascent, x)[0]
-
-            moved = game.moved(generated.whole[part], gradient_at)
-            if moved is None:
-                return None
-            along = (generated.part(k) * moved).sum()
-            total = total - game.generator.gradient(along, retain_graph=True)
-        return game.processes.mean(total)
+        return game.generator.step(gradient if noisy is None else noisy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the estimator's state and the penalties that were logged last."""

@@ -10,12 +10,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.estimators import Estimator, Lagged, num_penalised
 from lightning_mmd.game import DivergedError, Game, UpdateRule, check_weights
 from lightning_mmd.kernel_objectives import SlopePenalty
 from lightning_mmd.latents import select
+from lightning_mmd.matching import EmbeddingStep, FeatureMatching
 from lightning_mmd.objectives import Linear, Objective
-from lightning_mmd.parted import Terms, interleaved_parts, summed
+from lightning_mmd.parted import PartedPass, Terms, contiguous_parts, interleaved_parts, summed
 from lightning_mmd.passes import Replay, evaluating, frozen_power_iterations, full_precision
 from lightning_mmd.penalties import (
     Held,
@@ -57,6 +59,8 @@ class GradientAscent(UpdateRule):
         share_samples: Whether both steps of an update see the same generated samples: the part of
             them that has no parametric penalty is generated once. The generator then follows a
             critic that has just been trained on these very samples.
+        matching: What the generator descends beside: MMD^2 in the critic's features. The critic
+            must be a `LearnedKernelCritic`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,6 +78,7 @@ class GradientAscent(UpdateRule):
     method: Method = "forward"
     slope: SlopePenalty | None = None
     share_samples: bool = True
+    matching: FeatureMatching | None = None
     _last_penalty: Tensor = field(
         default_factory=lambda: torch.zeros(()), init=False, repr=False, compare=False
     )
@@ -99,12 +104,21 @@ class GradientAscent(UpdateRule):
                 )
         if not isinstance(self.slope, SlopePenalty | None):
             raise TypeError(f"slope must be a SlopePenalty or None, got {self.slope!r}.")
+        if not isinstance(self.matching, FeatureMatching | None):
+            raise TypeError(f"matching must be a FeatureMatching or None, got {self.matching!r}.")
 
     def check(self, generator: nn.Module, critic: nn.Module) -> None:
-        """Refuse a critic without an RKHS norm where beta > 0."""
+        """Refuse a critic without an RKHS norm where beta > 0, or without features to match."""
         super().check(generator, critic)
         if self.beta > 0:
             rkhs_norm_penalty(critic)
+        plain = getattr(critic, "_orig_mod", critic)
+        if self.matching is not None and not isinstance(plain, LearnedKernelCritic):
+            raise ValueError(
+                "matching compares features of the critic, which only a LearnedKernelCritic "
+                f"shows, got {type(plain).__name__}. Wrap its features in one, or leave matching "
+                "out."
+            )
 
     def critic_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return an optimizer twice as fast as the generator's."""
@@ -126,24 +140,26 @@ class GradientAscent(UpdateRule):
         if game.step == 0:
             with torch.no_grad(), full_precision(z[0].device), evaluating(generator):
                 game.check_samples(generator(*select(z, slice(0, 1))))
-        fake = self._shared_samples(game, z)
-        metrics = self._critic_step(game, z, fake)
+        shares = self.share_samples and game.moves_generator
+        generated = None
+        if shares and self._num_penalised(game) < game.batch_size:
+            generated = self._generate(game, z)
+        metrics = self._critic_step(game, z, None if generated is None else generated.whole)
         if game.moves_generator:
             if not self.share_samples:
                 z = game.latents()
-            metrics["generator/gradient_norm"] = self._generator_step(game, z, fake)
+            move = self._generator_step if self.matching is None else self._matched_step
+            metrics["generator/gradient_norm"] = move(game, z, generated)
         return metrics
 
     def _num_penalised(self, game: Game) -> int:
         """Number of generated samples that have the parametric penalty."""
         return num_penalised(self._estimator, self.fraction, game.batch_size) if self.alpha else 0
 
-    def _shared_samples(self, game: Game, z: Inputs) -> Tensor | None:
-        """Generated samples with their graph, where one pass can serve both steps."""
-        shares = self.share_samples and game.moves_generator and game.micro_batches == 1
-        if not shares or self._num_penalised(game) == game.batch_size:
-            return None
-        return game.generator.network(*z)
+    @staticmethod
+    def _generate(game: Game, z: Inputs) -> PartedPass:
+        parts = contiguous_parts(game.batch_size, game.micro_batches)
+        return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts)
 
     def _critic_step(self, game: Game, z: Inputs, fake: Tensor | None) -> dict[str, Any]:
         num, objective, slope = game.batch_size, self._objective, self.slope
@@ -312,16 +328,19 @@ class GradientAscent(UpdateRule):
             mean=game.processes.mean,
         )
 
-    def _generator_step(self, game: Game, z: Inputs, shared: Tensor | None) -> Tensor:
+    def _generator_step(self, game: Game, z: Inputs, generated: PartedPass | None) -> Tensor:
         critic, generator = game.critic.network, game.generator
-        objective, estimator = self._objective, self._estimator
-        num = game.batch_size
+        objective, num = self._objective, game.batch_size
         noisy: list[Tensor] = []
 
-        def on_fake(part: Sequence[Tensor]) -> Terms:
-            inputs = select(z, part[0])
-            share = len(part[0]) / num
-            fake = generator.network(*inputs) if shared is None else shared
+        def on_fake(part: Sequence[Any]) -> Terms:
+            if generated is None:
+                inputs = select(z, part[0])
+                fake = generator.network(*inputs)
+            else:
+                inputs = select(z, generated.parts[part[0]])
+                fake = generated.part(part[0])
+            share = len(inputs[0]) / num
             replay = Replay(critic, fake.device) if game.hooks else None
             values = evaluate_critic(critic, fake, *inputs[1:])
             term = objective.on_generated(values).mean() * share
@@ -330,7 +349,9 @@ class GradientAscent(UpdateRule):
                 noisy.extend([] if moved is None else [moved])
             return (term,)
 
-        parts = interleaved_parts(game, (slice(0, num),))
+        parts: Sequence[Sequence[Any]] = interleaved_parts(game, (slice(0, num),))
+        if generated is not None:
+            parts = [(k,) for k in range(len(generated.parts))]
         terms, total = summed(on_fake, (-1.0,), parts, generator)
         gradient = terms.new_zeros(0) if total is None else total
         if noisy:
@@ -338,8 +359,28 @@ class GradientAscent(UpdateRule):
             clean, gradient = game.processes.mean(both)
         else:
             clean = gradient = game.processes.mean(gradient)
-        estimator.observe(-clean)
+        self._estimator.observe(-clean)
         return generator.step(gradient)
+
+    def _matched_step(self, game: Game, z: Inputs, generated: PartedPass | None) -> Tensor:
+        """Move the generator up its objective and down MMD^2 of the critic's features."""
+        critic, matching, objective = game.critic.network, self.matching, self._objective
+        if matching is None:
+            raise RuntimeError("there is nothing to match")
+        step = EmbeddingStep(game, z, generated or self._generate(game, z), _Embeds(critic))
+        everyone = step.of_fake.everyone.detach()
+
+        def loss(real: Tensor, fake: Tensor) -> Tensor:
+            return matching.loss(real, fake) - objective.on_generated(critic.read(fake)).mean()
+
+        def ascent(e: Tensor, itself: Tensor) -> Tensor:
+            value = objective.on_generated(critic.read(e)).sum() / game.batch_size
+            return value + matching.ascent(game.batch_size, e, step.of_real, everyone, itself)
+
+        moved = step.moved_gradient(ascent) if game.hooks else None  # it keeps the graph
+        gradient = step.gradient(loss)
+        self._estimator.observe(-gradient)
+        return game.generator.step(gradient if moved is None else moved)
 
     def needs_equal_calls(self, micro_batches: int) -> str | None:
         """Name finite differences, and a penalty that is found in two passes."""
@@ -387,3 +428,14 @@ def _moved_gradient(
     if gradients is None:
         return None
     return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
+
+
+class _Embeds(nn.Module):
+    """A critic that returns its features."""
+
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.critic(*inputs, embedding=True)

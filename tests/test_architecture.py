@@ -36,6 +36,7 @@ FLOORS = {
     "parted": 3,
     "penalties": 3,
     "sobolev": 3,
+    "matching": 4,
     "witness": 4,
     "closed_form": 5,
     "deep_kernel": 5,

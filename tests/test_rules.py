@@ -23,6 +23,7 @@ from lightning_mmd import (
     ConvergenceMonitor,
     DeepKernel,
     EmbeddingCritic,
+    FeatureMatching,
     Game,
     Gaussian,
     GeneratorEMA,
@@ -62,6 +63,9 @@ RULES = {
     ),
     "logistic, all": GradientAscent(
         alpha=0.5, beta=0.1, objective=Logistic(), slope=SlopePenalty(0.3, interval=2)
+    ),
+    "logistic, matching": GradientAscent(
+        alpha=0.5, beta=0.1, objective=Logistic(), fraction=0.5, matching=FeatureMatching(2.0)
     ),
     "deep kernel": DeepKernel(),
     "deep kernel, slope": DeepKernel(slope=SlopePenalty(0.3, interval=2), alpha=0.1),
