@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,16 @@ from lightning_mmd.estimators import Estimator, Lagged, num_penalised
 from lightning_mmd.game import DivergedError, Game, UpdateRule, check_weights
 from lightning_mmd.kernel_objectives import SlopePenalty
 from lightning_mmd.latents import select
-from lightning_mmd.matching import EmbeddingStep, FeatureMatching
+from lightning_mmd.matching import EmbeddingStep, Embeds, FeatureMatching
 from lightning_mmd.objectives import Linear, Objective
-from lightning_mmd.parted import PartedPass, Terms, contiguous_parts, interleaved_parts, summed
+from lightning_mmd.parted import (
+    PartedPass,
+    Terms,
+    contiguous_parts,
+    interleaved_parts,
+    moved_gradient,
+    summed,
+)
 from lightning_mmd.passes import Replay, evaluating, frozen_power_iterations, full_precision
 from lightning_mmd.penalties import (
     Held,
@@ -102,10 +109,9 @@ class GradientAscent(UpdateRule):
                     f"{name} must be an {kind.__name__} such as {kind.__subclasses__()[0].__name__}"
                     f"(), got {getattr(self, name)!r}."
                 )
-        if not isinstance(self.slope, SlopePenalty | None):
-            raise TypeError(f"slope must be a SlopePenalty or None, got {self.slope!r}.")
-        if not isinstance(self.matching, FeatureMatching | None):
-            raise TypeError(f"matching must be a FeatureMatching or None, got {self.matching!r}.")
+        for name, kind in (("slope", SlopePenalty), ("matching", FeatureMatching)):
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {value!r}.")
 
     def check(self, generator: nn.Module, critic: nn.Module) -> None:
         """Refuse a critic without an RKHS norm where beta > 0, or without features to match."""
@@ -157,9 +163,9 @@ class GradientAscent(UpdateRule):
         return num_penalised(self._estimator, self.fraction, game.batch_size) if self.alpha else 0
 
     @staticmethod
-    def _generate(game: Game, z: Inputs) -> PartedPass:
+    def _generate(game: Game, z: Inputs, keep: bool = True) -> PartedPass:
         parts = contiguous_parts(game.batch_size, game.micro_batches)
-        return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts)
+        return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts, keep)
 
     def _critic_step(self, game: Game, z: Inputs, fake: Tensor | None) -> dict[str, Any]:
         num, objective, slope = game.batch_size, self._objective, self.slope
@@ -181,12 +187,15 @@ class GradientAscent(UpdateRule):
         )
         real = game.target(z)
         at_real = slope if slope is not None and slope.at == "real" else None
-        (real_term, real_mean, steepness), total = self._on_real(
+        (real_term, real_mean, steepness), total = self._at(
             game, real, (-1.0, 0.0, of_slope), total, at_real
         )
         if slope is not None and at_real is None:
-            points = self._slope_points(game, slope, real, z, fake)
-            (steepness,), total = self._on_slope(game, points, (of_slope,), total, slope)
+            samples = self._generate(game, z, False).whole if fake is None else fake
+            points = slope.points(real, (samples.to(real[0].dtype), *z[1:]))
+            with frozen_power_iterations(game.critic.network):
+                terms, total = self._at(game, points, (0.0, 0.0, of_slope), total, slope)
+            steepness = terms[2]
         gap = real_mean - share * fake_mean - (1 - share) * plain_mean
         value = real_term + share * fake_term + (1 - share) * plain_term
         rkhs = rkhs_norm_penalty(game.critic.network) if self.beta else gap.new_zeros(())
@@ -259,20 +268,20 @@ class GradientAscent(UpdateRule):
         parts = interleaved_parts(game, (slice(0, num),))
         return summed(evaluate, weights, parts, game.critic, total)
 
-    def _on_real(
+    def _at(
         self,
         game: Game,
-        real: Inputs,
+        points: Inputs,
         weights: tuple[float, ...],
         total: Tensor | None,
         slope: SlopePenalty | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Objective, value and slope of f on real samples."""
-        num = len(real[0])
+        """Objective, value and slope of f at points, as if they were real."""
+        num = len(points[0])
         critic = functools.partial(evaluate_critic, game.critic.network)
 
         def evaluate(part: Sequence[Tensor]) -> Terms:
-            inputs = select(real, part[0])
+            inputs = select(points, part[0])
             if slope is None:
                 values = critic(*inputs)
                 steepness = values.new_zeros(())
@@ -280,37 +289,6 @@ class GradientAscent(UpdateRule):
                 values, steepness = slope.with_values(critic, inputs)
             terms = self._objective.on_real(values).mean(), values.detach().mean(), steepness
             return tuple(term * (len(part[0]) / num) for term in terms)
-
-        parts = interleaved_parts(game, (slice(0, num),))
-        return summed(evaluate, weights, parts, game.critic, total)
-
-    def _slope_points(
-        self, game: Game, slope: SlopePenalty, real: Inputs, z: Inputs, fake: Tensor | None
-    ) -> Inputs:
-        """Samples at which a slope is penalised that is not that at real ones."""
-        if fake is None:
-            parts = interleaved_parts(game, (slice(0, game.batch_size),))
-            order = torch.cat([part[0] for part in parts]).argsort()
-            with torch.no_grad():
-                fake = torch.cat([game.generator.network(*select(z, part[0])) for part in parts])
-                fake = fake[order]
-        return slope.points(real, (fake.detach().to(real[0].dtype), *z[1:]))
-
-    def _on_slope(
-        self,
-        game: Game,
-        points: Inputs,
-        weights: tuple[float, ...],
-        total: Tensor | None,
-        slope: SlopePenalty,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Slope of f at other points."""
-        num = len(points[0])
-        critic = functools.partial(evaluate_critic, game.critic.network)
-
-        def evaluate(part: Sequence[Tensor]) -> Terms:
-            with frozen_power_iterations(game.critic.network):
-                return (slope.value(critic, select(points, part[0])) * (len(part[0]) / num),)
 
         parts = interleaved_parts(game, (slice(0, num),))
         return summed(evaluate, weights, parts, game.critic, total)
@@ -345,7 +323,7 @@ class GradientAscent(UpdateRule):
             values = evaluate_critic(critic, fake, *inputs[1:])
             term = objective.on_generated(values).mean() * share
             if replay is not None:
-                moved = _moved_gradient(game, fake, inputs[1:], values, term, replay)
+                moved = moved_gradient(game, fake, inputs[1:], values, term, replay)
                 noisy.extend([] if moved is None else [moved])
             return (term,)
 
@@ -364,17 +342,17 @@ class GradientAscent(UpdateRule):
 
     def _matched_step(self, game: Game, z: Inputs, generated: PartedPass | None) -> Tensor:
         """Move the generator up its objective and down MMD^2 of the critic's features."""
-        critic, matching, objective = game.critic.network, self.matching, self._objective
-        if matching is None:
-            raise RuntimeError("there is nothing to match")
-        step = EmbeddingStep(game, z, generated or self._generate(game, z), _Embeds(critic))
+        objective, read = self._objective, cast(LearnedKernelCritic, game.critic.network).read
+        matching = cast(FeatureMatching, self.matching)
+        generated = generated or self._generate(game, z)
+        step = EmbeddingStep(game, z, generated, Embeds(game.critic.network))
         everyone = step.of_fake.everyone.detach()
 
         def loss(real: Tensor, fake: Tensor) -> Tensor:
-            return matching.loss(real, fake) - objective.on_generated(critic.read(fake)).mean()
+            return matching.loss(real, fake) - objective.on_generated(read(fake)).mean()
 
         def ascent(e: Tensor, itself: Tensor) -> Tensor:
-            value = objective.on_generated(critic.read(e)).sum() / game.batch_size
+            value = objective.on_generated(read(e)).sum() / game.batch_size
             return value + matching.ascent(game.batch_size, e, step.of_real, everyone, itself)
 
         moved = step.moved_gradient(ascent) if game.hooks else None  # it keeps the graph
@@ -406,36 +384,3 @@ class GradientAscent(UpdateRule):
         self._estimator.load_state_dict(state["estimator"])
         self._last_penalty = state["last_penalty"]
         self._last_slope = state["last_slope"]
-
-
-def _moved_gradient(
-    game: Game, fake: Tensor, labels: Inputs, values: Tensor, term: Tensor, replay: Replay
-) -> Tensor | None:
-    """Gradient of a term in the generator, with the gradients that hooks give the samples.
-
-    It is None where all hooks leave the step alone. The critic is differentiated at other samples
-    with the loss's own weights at the clean values.
-    """
-    (weights,) = torch.autograd.grad(term, values, retain_graph=True)
-
-    def gradient_at(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            at_x = evaluate_critic(replay, x, *labels)
-            return torch.autograd.grad(at_x, x, weights, materialize_grads=True)[0]
-
-    gradients = game.moved(fake, gradient_at)
-    if gradients is None:
-        return None
-    return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
-
-
-class _Embeds(nn.Module):
-    """A critic that returns its features."""
-
-    def __init__(self, critic: nn.Module) -> None:
-        super().__init__()
-        self.critic = critic
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.critic(*inputs, embedding=True)

@@ -13,7 +13,7 @@ from lightning_mmd.kernels import Kernel, RationalQuadratic, SumKernel
 from lightning_mmd.latents import select
 from lightning_mmd.parted import PartedPass, SharedEmbedding, pull_back
 
-__all__ = ["EmbeddingStep", "FeatureMatching", "ascent_of_mmd2"]
+__all__ = ["EmbeddingStep", "Embeds", "FeatureMatching", "ascent_of_mmd2"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -167,3 +167,15 @@ class EmbeddingStep:
             along = (generated.part(k) * moved).sum()
             total = total - game.generator.gradient(along, retain_graph=True)
         return game.processes.mean(total)
+
+
+class Embeds(nn.Module):
+    """A critic that returns its features."""
+
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Map samples, and labels, to features (n, r)."""
+        return self.critic(*inputs, embedding=True)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mmd.game import Game, Player, Processes
 from lightning_mmd.passes import Replay, frozen_power_iterations
+from lightning_mmd.pushforward import evaluate_critic
 
 __all__ = [
     "PartedPass",
@@ -17,6 +19,7 @@ __all__ = [
     "Terms",
     "contiguous_parts",
     "interleaved_parts",
+    "moved_gradient",
     "pull_back",
     "summed",
 ]
@@ -170,9 +173,9 @@ def pull_back(
 
 
 def summed(
-    evaluate: Callable[[Sequence[Tensor]], Terms],
+    evaluate: Callable[[Sequence[Any]], Terms],
     weights: tuple[float, ...],
-    parts: Sequence[Sequence[Tensor]],
+    parts: Sequence[Sequence[Any]],
     player: Player,
     total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +184,7 @@ def summed(
     Args:
         evaluate: Function of a part to its terms.
         weights: Weights of the terms in the sum whose gradient is wanted.
-        parts: Indices of each part's groups, see :func:`interleaved_parts`.
+        parts: What ``evaluate`` takes of each part, see :func:`interleaved_parts`.
         player: In whose parameters.
         total: A gradient to add it to.
 
@@ -199,3 +202,25 @@ def summed(
     if len(parts) > 1 and total is not None and gradient is not None:
         return terms, total.add_(gradient)
     return terms, total if gradient is None else gradient
+
+
+def moved_gradient(
+    game: Game, fake: Tensor, labels: Inputs, values: Tensor, term: Tensor, replay: Replay
+) -> Tensor | None:
+    """Gradient of a term in the generator, with the gradients that hooks give the samples.
+
+    It is None where all hooks leave the step alone. The critic is differentiated at other samples
+    with the loss's own weights at the clean values.
+    """
+    (weights,) = torch.autograd.grad(term, values, retain_graph=True)
+
+    def gradient_at(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            at_x = evaluate_critic(replay, x, *labels)
+            return torch.autograd.grad(at_x, x, weights, materialize_grads=True)[0]
+
+    gradients = game.moved(fake, gradient_at)
+    if gradients is None:
+        return None
+    return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
