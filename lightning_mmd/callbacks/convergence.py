@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mmd.batches import BatchParts
 from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
-from lightning_mmd.callbacks.foreign import find_network, read_values
+from lightning_mmd.callbacks.foreign import find_network, read_values, takes
 from lightning_mmd.callbacks.images import RangeCheck, training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.callbacks.loggers import describe, send_scalars
@@ -259,6 +259,7 @@ class ConvergenceMonitor(GeneratorCadence):
         points = points.to(self._dtype)
         critic, num = module.get_submodule(self.critic), len(self._real)
         halves = slice(0, num), slice(num, None)
+        labels = labels if takes(critic, 1 + len(labels)) else ()  # some are the generator's alone
         with evaluating(critic):
             ours = self._labels if len(self._labels) == len(labels) else ()
             if labels and len(ours) == len(labels):
