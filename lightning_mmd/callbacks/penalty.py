@@ -32,7 +32,7 @@ from lightning_mmd.latents import Latents
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.parameters import refuse_shared_parameters, trainable_parameters
 from lightning_mmd.passes import full_precision, undisturbed
-from lightning_mmd.processes import mean_over_processes
+from lightning_mmd.processes import mean_over_processes, together
 from lightning_mmd.pushforward import check_samples
 
 __all__ = ["ParametricGradientPenalty"]
@@ -293,7 +293,8 @@ class ParametricGradientPenalty(Clocked):
         parameters = [p for p in held if id(p) in own and p.requires_grad]
         if all(p.grad is None for p in parameters):  # the module skipped this step
             return
-        calls, fresh = self._take_calls(), sum(self._fresh)
+        with together(trainer):
+            calls, fresh = self._take_calls(), sum(self._fresh)
         self._fresh.clear()
         if self.latents is None and not calls:  # a step of its own for another penalty, as lazy R1
             return
