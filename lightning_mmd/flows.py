@@ -6,7 +6,6 @@ log, stop and save where it pleases. A state holds all that is needed to go on: 
 `torch.save`, and `State(**saved)` its inverse.
 """
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -22,6 +21,7 @@ from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased
 from lightning_mmd.noise import Moment, Noise, hessian_constant
 from lightning_mmd.parameters import trainable_parameters, unflatten
+from lightning_mmd.passes import copy_network
 from lightning_mmd.witness import (
     WitnessConvergenceWarning,
     WitnessSolution,
@@ -286,7 +286,7 @@ def generator_flow(
     start = {n: p.detach().clone() for n, p in trainable_parameters(generator).items()}
 
     def observe(parameters: dict[str, Tensor], previous: GeneratorState | None) -> GeneratorState:
-        embedding = MeanEmbedding(features, z, copy.deepcopy(generator), parameters)
+        embedding = MeanEmbedding(features, z, copy_network(generator), parameters)
         check_problem(embedding, target_embedding, alpha, beta, tolerance, max_iterations)
         gap = target_embedding - embedding.mean
         solution = solve_embedding(

@@ -1,5 +1,8 @@
 """What the processes of a trainer do together: means, gathered tensors, equal parameters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -12,6 +15,7 @@ __all__ = [
     "TrainerProcesses",
     "mean_over_processes",
     "refuse_different_parameters",
+    "together",
 ]
 
 SHARDING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -23,6 +27,31 @@ def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
     if trainer.world_size == 1:
         return tensor
     return trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
+
+
+@contextmanager
+def together(trainer: Trainer) -> Iterator[None]:
+    """Let an error on one process stop all, where the others would wait for it for ever.
+
+    All processes enter; what is within must not wait for other processes.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        RuntimeError: On processes without an error of their own, if another one has one.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if trainer.world_size > 1:
+        failed = torch.tensor(float(error is not None), device=trainer.strategy.root_device)
+        if bool(trainer.strategy.reduce(failed, reduce_op="sum") > 0) and error is None:
+            raise RuntimeError("another process has failed; its error says why.")
+    if error is not None:
+        raise error
 
 
 class TrainerProcesses(Processes):

@@ -188,8 +188,7 @@ class Pushforward:
         try:
             with torch.enable_grad(), full_precision(self._samples.device):
                 plain, again = (self.record(*self.inputs) for _ in range(2))
-            reached = (self._samples, list(self._leaves.values()))
-            missed = unreached((plain, again), own, reached)
+            missed = unreached((plain, again), own, (self._samples, [*self._leaves.values()]))
         finally:
             for p in toggled:
                 p.requires_grad_(False)

@@ -14,30 +14,27 @@ def widen(tensor: Tensor) -> Tensor:
     """
     if tensor.dtype == torch.float64:
         return tensor
-    try:
-        return tensor.double()
-    except TypeError:  # MPS: "Cannot convert a MPS Tensor to float64 dtype"
-        pass
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return tensor.cpu().double()
+    for source in (tensor, tensor.cpu()):
+        try:
+            return source.double()
+        except TypeError:  # MPS: "Cannot convert a MPS Tensor to float64 dtype"
+            pass
     return torch.from_numpy(tensor.detach().float().cpu().numpy().astype("float64"))
 
 
 def wide_sum(tensor: Tensor, dim: int | None = None) -> Tensor:
-    """Return a sum in float64; in float32 where nothing has float64.
+    """Return a sum in float64: on the device, else on the CPU; in float32 where neither has it.
 
     Args:
         tensor: Any tensor; its graph goes on.
         dim: Along which to add; default: all.
     """
-    try:
-        return tensor.sum(dim, dtype=torch.float64)
-    except TypeError:
-        pass
-    try:
-        return widen(tensor).sum(dim)
-    except TypeError:  # neither the device nor the CPU: pairwise summation loses 1e-7 of the size
-        return tensor.sum(dim)
+    for source in (tensor, tensor.cpu()):
+        try:
+            return source.sum(dim, dtype=torch.float64)
+        except TypeError:
+            pass
+    return tensor.sum(dim)  # pairwise summation loses about 1e-7 of the size
 
 
 def to_like(tensor: Tensor, other: Tensor) -> Tensor:

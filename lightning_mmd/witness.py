@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.latents import Inputs
 from lightning_mmd.parameters import refuse_shared_parameters
-from lightning_mmd.wide import to_like, wide_sum, widen
+from lightning_mmd.wide import to_like, widen
 
 __all__ = [
     "Image",
@@ -113,7 +113,7 @@ class ParametricGramian(System):
         v = embedding.adjoint(to_like(p, embedding.mean))
         jv, dx = embedding.push(v)
         jv = widen(jv)
-        energy = alpha * wide_sum(v.square()) + beta * (p @ p)
+        energy = alpha * widen(v).square().sum() + beta * (p @ p)
         return Image(alpha * jv + beta * p, energy, v, dx, jv)
 
     def slope(

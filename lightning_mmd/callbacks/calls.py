@@ -235,6 +235,8 @@ class LatentLog:
         self._seen: list[CriticCall] = []
         self._records = False
         self.generator_was_called = False
+        self.generator_called_since = False
+        """Whether the generator has been called since the critic's last step."""
         self.handles = [
             generator.register_forward_hook(self._note_generator, with_kwargs=True),
             critic.register_forward_pre_hook(self._note_critic, with_kwargs=True, prepend=True),
@@ -265,6 +267,7 @@ class LatentLog:
     def take(self) -> list[CriticCall]:
         """Return the calls since the critic's last step, and forget them."""
         seen, self._seen = self._seen, []
+        self.generator_called_since = False
         cut_off = [call for call in seen if not call.attached]
         return cut_off or seen
 
@@ -281,7 +284,7 @@ class LatentLog:
         versions = {index: leaf._version for index, leaf in outputs.items()}
         outputs = {index: leaf.detach() for index, leaf in outputs.items()}
         self._generated.append(GeneratorCall(leaves, spec, outputs, versions))
-        self.generator_was_called = True
+        self.generator_was_called = self.generator_called_since = True
 
     def _note_critic(self, critic: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._records or is_observed() or not torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mmd.batches import BatchParts
 from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
-from lightning_mmd.callbacks.foreign import find_network, read_values
+from lightning_mmd.callbacks.foreign import find_network, read_values, takes
 from lightning_mmd.callbacks.images import RangeCheck, training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.callbacks.loggers import describe, send_scalars
@@ -23,6 +23,7 @@ from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import evaluating
+from lightning_mmd.processes import together
 from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
 from lightning_mmd.wide import at_least_float32, widen
@@ -141,14 +142,15 @@ class ConvergenceMonitor(GeneratorCadence):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._module, self._before = pl_module, None
         self._network = self.find_generator(trainer, pl_module)
-        if trainer.is_global_zero:
-            with observing(pl_module.device):
-                torch.manual_seed(self.seed)  # of random transforms
-                images, *self._labels = training_images(
-                    self, trainer, self.num_samples, self.seed, self.batch
-                )
-                self._prepare(images)
-            describe(trainer, "convergence", {"split": "training", "num_real": len(self._real)})
+        with together(trainer):
+            if trainer.is_global_zero:
+                with observing(pl_module.device):
+                    torch.manual_seed(self.seed)  # of random transforms
+                    images, *self._labels = training_images(
+                        self, trainer, self.num_samples, self.seed, self.batch
+                    )
+                    self._prepare(images)
+                describe(trainer, "convergence", {"split": "training", "num_real": len(self._real)})
         super().on_train_start(trainer, pl_module)
 
     def _prepare(self, images: Tensor) -> None:
@@ -175,13 +177,16 @@ class ConvergenceMonitor(GeneratorCadence):
     ) -> None:
         ahead = self.updates + self.stride  # where this batch leads to, if it moves the generator
         passes = ahead // self.every_n_steps > self.updates // self.every_n_steps
-        if trainer.is_global_zero and passes:
-            with self._looking(trainer, pl_module) as model:
+        if not passes:
+            return
+        with together(trainer), self._looking(trainer, pl_module) as model:
+            if trainer.is_global_zero:
                 self._before = self._look(self.updates, model)
 
     def observe(self, trainer: Trainer, model: Sampling) -> None:
-        if trainer.is_global_zero:
-            self._record(trainer, model)
+        with together(trainer):
+            if trainer.is_global_zero:
+                self._record(trainer, model)
         if self.act:
             self._leave_a_collapse(trainer)
 
@@ -259,6 +264,7 @@ class ConvergenceMonitor(GeneratorCadence):
         points = points.to(self._dtype)
         critic, num = module.get_submodule(self.critic), len(self._real)
         halves = slice(0, num), slice(num, None)
+        labels = labels if takes(critic, 1 + len(labels)) else ()  # some are the generator's alone
         with evaluating(critic):
             ours = self._labels if len(self._labels) == len(labels) else ()
             if labels and len(ours) == len(labels):

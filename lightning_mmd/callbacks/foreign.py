@@ -1,5 +1,6 @@
 """Networks of a LightningModule that we did not write: found by name, left as they were."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "own_optimizer",
     "read_values",
     "require_whole_networks",
+    "takes",
 ]
 
 
@@ -161,6 +163,15 @@ def read_values(
             "to values of shape (n,)."
         )
     return values.reshape(num)
+
+
+def takes(network: nn.Module, num: int) -> bool:
+    """Whether a network can be called with a number of inputs by position."""
+    try:
+        inspect.signature(network.forward).bind(*range(num))
+    except TypeError:
+        return False
+    return True
 
 
 def require_whole_networks(callback: Callback, trainer: Trainer) -> None:

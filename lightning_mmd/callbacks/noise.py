@@ -143,6 +143,7 @@ class ScheduledNoise(Clocked, ABC):
         return torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.send(trainer, self.updates, last=True)
         super().on_fit_end(trainer, pl_module)
         self._release()
 

@@ -21,6 +21,7 @@ from lightning_mmd.callbacks.foreign import (
     own_optimizer,
     read_values,
     require_whole_networks,
+    takes,
 )
 from lightning_mmd.callbacks.loggers import Log
 from lightning_mmd.callbacks.recorded_penalty import RecordedPenalty
@@ -31,7 +32,7 @@ from lightning_mmd.latents import Latents
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.parameters import refuse_shared_parameters, trainable_parameters
 from lightning_mmd.passes import full_precision, undisturbed
-from lightning_mmd.processes import mean_over_processes
+from lightning_mmd.processes import mean_over_processes, together
 from lightning_mmd.pushforward import check_samples
 
 __all__ = ["ParametricGradientPenalty"]
@@ -54,7 +55,8 @@ class ParametricGradientPenalty(Clocked):
     of the generator that it saw alone, in one batch with real samples, or beside its input (pairs),
     in several calls and accumulated batches. Both networks are called again as the module called
     them, by position or keyword, with lists and labels. Where the critic saw no output as it was
-    (augmentations, buffers of older samples), nothing is guessed: an error says so. With
+    (augmentations, buffers of older samples), nothing is guessed: an error says so. A critic step
+    before which the generator was not called (a lazy R1 step) gets no penalty. With
     ``latents`` the samples are drawn afresh, a function of (seed, rank, critic step), and labels
     beside the latents are handed to both networks.
 
@@ -218,7 +220,7 @@ class ParametricGradientPenalty(Clocked):
             x = x if self.generator_output is None else self.generator_output(x)
             check_samples(generator, x, 2)
             try:
-                output = critic(x, *inputs[1:])
+                output = critic(x, *inputs[1:] if takes(critic, len(inputs)) else ())
             except Exception as error:
                 raise ValueError(
                     f"the critic {self.critic!r} ({type(critic).__name__}) does not take samples "
@@ -291,8 +293,11 @@ class ParametricGradientPenalty(Clocked):
         parameters = [p for p in held if id(p) in own and p.requires_grad]
         if all(p.grad is None for p in parameters):  # the module skipped this step
             return
-        calls, fresh = self._calls.take(), sum(self._fresh)
+        with together(trainer):
+            calls, fresh = self._take_calls(), sum(self._fresh)
         self._fresh.clear()
+        if self.latents is None and not calls:  # a step of its own for another penalty, as lazy R1
+            return
         self.critic_step += 1
         if (self.critic_step - 1) % self.interval == 0:
             metrics = self._add_gradient(trainer, parameters, calls, fresh)
@@ -308,18 +313,22 @@ class ParametricGradientPenalty(Clocked):
     def _penalty(self, calls: list[CriticCall], fresh: int, device: torch.device) -> Tensor:
         if self.latents is not None:
             return self._evaluation.at(self._draw(fresh, device))
-        self._require_calls(calls)
         return self._evaluation.of(calls, self._calls)
 
-    def _require_calls(self, calls: list[CriticCall]) -> None:
-        if calls:
-            return
+    def _take_calls(self) -> list[CriticCall]:
+        """Return what the critic was trained on since its last step; refuse to guess."""
+        called = self._calls.generator_called_since
+        calls = self._calls.take()
+        if calls or self.latents is not None:
+            return calls
         if not self._calls.generator_was_called:
             raise RuntimeError(
                 f"the critic {self.critic!r} steps, but the generator {self.generator!r} has not "
                 "been called in training yet, so there are no latents to penalise at. The module "
                 f"must call self.{self.generator}(...) itself; or set latents to their length."
             )
+        if not called:
+            return []
         raise RuntimeError(
             f"the critic {self.critic!r} steps, but it has seen no output of the generator "
             f"{self.generator!r} since its last step: what it saw was changed on the way (an "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mmd.callbacks.calls import CriticCall, LatentLog
+from lightning_mmd.callbacks.foreign import takes
 from lightning_mmd.estimators import Estimator
 from lightning_mmd.latents import select
 from lightning_mmd.passes import full_precision
@@ -45,9 +46,10 @@ class RecordedPenalty:
         self._recorded_parameters = parameters
 
     def at(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return the penalty at latents, and labels, which both networks get."""
+        """Return the penalty at latents, and labels, which the critic gets where it takes them."""
+        labelled = takes(self._critic, len(inputs))
         return penalised_critic(
-            lambda x, *labels: self._read(self._critic(x, *labels), len(x)),
+            lambda x, *labels: self._read(self._critic(x, *labels if labelled else ()), len(x)),
             self._generator,
             [select(inputs, group) for group in self._estimator.groups(len(inputs[0]))],
             "forward",

@@ -19,6 +19,7 @@ from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import relative_similarity_test
 from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.processes import together
 from lightning_mmd.wide import at_least_float32
 
 __all__ = ["RelativeTestLR"]
@@ -134,16 +135,20 @@ class RelativeTestLR(GeneratorCadence):
         self.history, self._past, self._failures = [], [], 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            with observing(pl_module.device):
-                torch.manual_seed(self.seed)  # of random transforms
-                images, *_ = training_images(self, trainer, self.num_samples, self.seed, self.batch)
-                batches = images.to(pl_module.device).split(self.sample_batch_size)
-                self._real = torch.cat([self._embed(batch) for batch in batches])
+        with together(trainer):
+            if trainer.is_global_zero:
+                with observing(pl_module.device):
+                    torch.manual_seed(self.seed)  # of random transforms
+                    images, *_ = training_images(
+                        self, trainer, self.num_samples, self.seed, self.batch
+                    )
+                    batches = images.to(pl_module.device).split(self.sample_batch_size)
+                    self._real = torch.cat([self._embed(batch) for batch in batches])
         super().on_train_start(trainer, pl_module)
 
     def observe(self, trainer: Trainer, model: Sampling) -> None:
-        lowers = self._no_longer_improves(trainer, model) if trainer.is_global_zero else False
+        with together(trainer):
+            lowers = trainer.is_global_zero and self._no_longer_improves(trainer, model)
         if trainer.strategy.broadcast(lowers):
             rates = scale_learning_rates(trainer, self.factor, self.min_lr)
             shown = ", ".join(f"{rate:.3g}" for rate in rates)

@@ -11,6 +11,7 @@ from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
 from lightning_mmd.callbacks.loggers import send_picture
 from lightning_mmd.data import import_torchvision
 from lightning_mmd.internals import is_fast_dev_run
+from lightning_mmd.processes import together
 
 __all__ = ["SampleGrid"]
 
@@ -104,8 +105,11 @@ class SampleGrid(GeneratorCadence):
             ) from error
 
     def observe(self, trainer: Trainer, model: Sampling) -> None:
-        if not trainer.is_global_zero:
-            return
+        with together(trainer):
+            if trainer.is_global_zero:
+                self._draw_and_save(trainer, model)
+
+    def _draw_and_save(self, trainer: Trainer, model: Sampling) -> None:
         latents = model.fixed_latents(self.num_samples, self.seed)
         picture = self.draw(model.sample(latents))
         if is_fast_dev_run(trainer):

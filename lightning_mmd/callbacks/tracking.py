@@ -20,6 +20,7 @@ from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.latents import select
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
+from lightning_mmd.processes import together
 
 __all__ = ["MMDTracker"]
 
@@ -230,7 +231,9 @@ class MMDTracker(GeneratorCadence):
         order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
         share = order[:num].tensor_split(trainer.world_size)[trainer.global_rank]
         torch.manual_seed(self.seed)  # of random transforms; put back by `observing`
-        return num, reader.read(share)
+        with together(trainer):
+            images = reader.read(share)
+        return num, images
 
     def _hold_out(self, images: Tensor) -> None:
         """Make some images the real side."""
@@ -255,10 +258,10 @@ class MMDTracker(GeneratorCadence):
         latents = model.fixed_latents(self.num_fake, seed)
         cuts = torch.arange(self.num_fake).tensor_split(trainer.world_size)[trainer.global_rank]
         share = select(latents, slice(int(cuts[0]), int(cuts[-1]) + 1)) if len(cuts) else ()
-        if not share:
-            return self._compare([])
-        samples = model.in_parts(share, self.sample_batch_size)
-        return self._compare(map(self._range.generated, samples))
+        with together(trainer):
+            parts = model.in_parts(share, self.sample_batch_size) if share else []
+            samples = [self._range.generated(part) for part in parts]
+        return self._compare(samples)
 
     def _describe(self, trainer: Trainer, num_real: int, low: Tensor, high: Tensor) -> None:
         """Log what is measured."""
