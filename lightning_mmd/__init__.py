@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mmd.auto_alpha import AutoAlpha
     from lightning_mmd.batches import BatchParts
     from lightning_mmd.callbacks import (
         BandwidthSchedule,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         ParametricGradientPenalty,
         RelativeTestLR,
         SampleGrid,
+        SampleQuality,
     )
     from lightning_mmd.classifier import ImageClassifier
     from lightning_mmd.closed_form import ClosedForm, TrustRegion
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "auto_alpha": ["AutoAlpha"],
     "batches": ["BatchParts"],
     "callbacks": [
         "BandwidthSchedule",
@@ -100,6 +103,7 @@ _HOMES = {
         "ParametricGradientPenalty",
         "RelativeTestLR",
         "SampleGrid",
+        "SampleQuality",
     ],
     "classifier": ["ImageClassifier"],
     "closed_form": ["ClosedForm", "TrustRegion"],

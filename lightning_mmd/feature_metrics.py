@@ -44,6 +44,7 @@ class FeatureMetrics(Metric):
             n m d operations.
         min_fid_samples: Samples on each side that FID needs, at least 2.
         seed: Draws the subsets.
+        reset_real_samples: False keeps the real samples when `reset` is called.
         **kwargs: Of `torchmetrics.Metric`.
 
     Raises:
@@ -78,6 +79,7 @@ class FeatureMetrics(Metric):
         neighbours: int | None = 3,
         min_fid_samples: int = 2000,
         seed: int = 0,
+        reset_real_samples: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -100,6 +102,7 @@ class FeatureMetrics(Metric):
         self.neighbours = neighbours
         self.min_fid_samples = min_fid_samples
         self.seed = seed
+        self.reset_real_samples = reset_real_samples
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("fake", default=[], dist_reduce_fx="cat")
 
@@ -148,6 +151,12 @@ class FeatureMetrics(Metric):
             shares = calculate_precision_recall_part(fake.float(), real.float(), self.neighbours)
             scores["precision"], scores["recall"] = map(real.new_tensor, shares)
         return scores
+
+    def reset(self) -> None:
+        """Forget the fake samples, and the real ones unless `reset_real_samples` is False."""
+        kept = [] if self.reset_real_samples else list(self.real)
+        super().reset()
+        self.real.extend(kept)
 
     def floor(self, other: Tensor) -> dict[str, Tensor]:
         """Return the scores of other real samples in place of the generated ones.

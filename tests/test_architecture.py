@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
+    "auto_alpha": 1,
     "batches": 1,
     "critic_warnings": 1,
     "kernels": 1,

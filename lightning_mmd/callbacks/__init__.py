@@ -7,6 +7,7 @@ from lightning_mmd.callbacks.instance_noise import InstanceNoise
 from lightning_mmd.callbacks.noise import NoiseInjection
 from lightning_mmd.callbacks.penalty import ParametricGradientPenalty
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
+from lightning_mmd.callbacks.quality import SampleQuality
 from lightning_mmd.callbacks.relative_test import RelativeTestLR
 from lightning_mmd.callbacks.samples import SampleGrid
 from lightning_mmd.callbacks.tracking import MMDTracker
@@ -22,4 +23,5 @@ __all__ = [
     "ParametricGradientPenalty",
     "RelativeTestLR",
     "SampleGrid",
+    "SampleQuality",
 ]

@@ -1,31 +1,19 @@
 """MMD^2 between held-out data and fresh samples while the generator trains."""
 
-import random
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mmd.batches import BatchParts
-from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
-from lightning_mmd.callbacks.ema import averaged_weights
-from lightning_mmd.callbacks.images import ImageReader, RangeCheck
-from lightning_mmd.callbacks.loggers import describe, send_scalars
-from lightning_mmd.callbacks.observing import observing
+from lightning_mmd.callbacks.held_out import HeldOutTracker
 from lightning_mmd.kernels import Kernel
-from lightning_mmd.latents import select
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
-from lightning_mmd.processes import together
 
 __all__ = ["MMDTracker"]
 
 
-class MMDTracker(GeneratorCadence):
+class MMDTracker(HeldOutTracker):
     """Squared MMD of held-out real data against fresh samples, with a real-vs-real floor.
 
     Measured before the first generator update, every `every_n_steps` updates and at the end. The
@@ -80,6 +68,8 @@ class MMDTracker(GeneratorCadence):
         >>> trainer = Trainer(max_steps=400, callbacks=[tracker], logger=False)
     """
 
+    main = "mmd2"
+
     def __init__(
         self,
         kernel: Kernel,
@@ -97,24 +87,21 @@ class MMDTracker(GeneratorCadence):
         batch: BatchParts | None = None,
         sampler: str = "sample",
     ) -> None:
-        super().__init__(every_n_steps, generator, generator_output, sampler)
-        if min(num_real, num_fake) < 2 or sample_batch_size < 1:
-            raise ValueError(
-                "MMDTracker needs num_real and num_fake of at least 2 and sample_batch_size of at "
-                f"least 1, got {num_real}, {num_fake} and {sample_batch_size}."
-            )
-        self.num_real = num_real
-        self.num_fake = num_fake
-        self.with_floor = floor
-        self.sample_batch_size = sample_batch_size
-        self.seed = seed
-        self.name = name
-        self.batch = batch
-        self._range = RangeCheck(self)
-        self.history: list[dict[str, float]] = []
-        self.floor: float | None = None
-        self._metric = MaximumMeanDiscrepancy(
-            kernel, features=features, unbiased=unbiased, reset_real_samples=False
+        super().__init__(
+            MaximumMeanDiscrepancy(
+                kernel, features=features, unbiased=unbiased, reset_real_samples=False
+            ),
+            every_n_steps,
+            num_real,
+            num_fake,
+            floor,
+            sample_batch_size,
+            seed,
+            name,
+            generator,
+            generator_output,
+            batch,
+            sampler,
         )
         self._features_name = "none" if features is None else type(features).__name__
 
@@ -129,149 +116,16 @@ class MMDTracker(GeneratorCadence):
         return self.history[-1]["mmd2"] if self.history else None
 
     @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+    def floor(self) -> float | None:
+        """Real-vs-real value."""
+        return self.floors.get("mmd2")
 
-    def state_dict(self) -> dict[str, Any]:
-        history = [dict(entry) for entry in self.history]
-        return {**super().state_dict(), "history": history, "floor": self.floor}
+    def key(self, split: str, score: str) -> str:
+        return f"{split}/{self.name}"
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.history = [dict(entry) for entry in state_dict["history"]]
-        self.floor = state_dict["floor"]
-
-    def reset(self) -> None:
-        """Forget an earlier run."""
-        super().reset()
-        self.history = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with observing(pl_module.device):
-            self._prepare(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
-
-    def observe(self, trainer: Trainer, model: Sampling) -> None:
-        begin = time.perf_counter()
-        value = self._measure(trainer, model)
-        seconds = time.perf_counter() - begin
-        self.history.append({"step": self.updates, "mmd2": value, "seconds": seconds})
-        scalars = {f"val/{self.name}": value}
-        if self.floor is not None:
-            scalars[f"val/{self.name}_real"] = self.floor
-        send_scalars(trainer, scalars, self.updates)
-        # Not `pl_module.log`: before the first and after the last batch Lightning refuses it or
-        # would report the value of the start as that of the first epoch's end.
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in scalars.items()})
-        trainer.progress_bar_metrics[f"val/{self.name}"] = value
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._evaluate(trainer, pl_module, trainer.val_dataloaders, f"val/{self.name}")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module, trainer.test_dataloaders, f"test/{self.name}")
-
-    def _evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, loaders: Any, key: str
-    ) -> None:
-        """Measure once against some data, outside of training."""
-        with observing(pl_module.device), averaged_weights(trainer, pl_module):
-            _, images = self._draw(trainer, pl_module, loaders, self.num_real)
-            self._hold_out(images)
-            value = self._measure(trainer, self.sampling(pl_module))
-        pl_module.log(key, value, prog_bar=True, sync_dist=True)
-
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the held-out images, measure the floor and say what is measured."""
-        loaders = trainer.val_dataloaders
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if loaders is None and source.is_defined():  # validation is off, or begins later
-            loaders = source.dataloader()
-        if loaders is None or loaders == []:
-            raise ValueError(
-                "MMDTracker needs held-out images, got no validation data. Pass val_dataloaders to "
-                "trainer.fit, or give the data module a val_dataloader()."
-            )
-        num_real, images = self._draw(trainer, pl_module, loaders, self.num_real)
-        self._hold_out(images)
-        self.floor = None
-        if self.with_floor:
-            _, others = self._draw(
-                trainer, pl_module, trainer.train_dataloader, num_real, floor=True
-            )
-            self.floor = self._compare(others.split(self.sample_batch_size))
-        low = trainer.strategy.reduce(images.min(), reduce_op="min")
-        high = trainer.strategy.reduce(images.max(), reduce_op="max")
-        self._describe(trainer, num_real, low, high)
-
-    def _draw(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        loaders: Any,
-        num: int,
-        floor: bool = False,
-    ) -> tuple[int, Tensor]:
-        """Return how many images are drawn from a loader's dataset, and this rank's share."""
-        cure = "The floor needs training images by index: set floor=False, or put the images"
-        reader = ImageReader(
-            self, trainer, pl_module, loaders, self.batch, cure if floor else "Put the images"
-        )
-        available = reader.num
-        smallest = min(available, num, self.num_fake)
-        if smallest < max(2, trainer.world_size):
-            raise ValueError(
-                f"MMDTracker needs at least 2 images a side, and one a process, got {smallest} on "
-                f"{trainer.world_size} process(es). Raise num_real or num_fake, or add data."
-            )
-        if available < num:
-            rank_zero_info(f"MMDTracker compares with all {available} images, fewer than {num}.")
-        num = min(num, available)
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(self.seed))
-        share = order[:num].tensor_split(trainer.world_size)[trainer.global_rank]
-        torch.manual_seed(self.seed)  # of random transforms; put back by `observing`
-        with together(trainer):
-            images = reader.read(share)
-        return num, images
-
-    def _hold_out(self, images: Tensor) -> None:
-        """Make some images the real side."""
-        self._metric.to(images.device)
-        self._metric.real.clear()
-        self._metric.reset()
-        for batch in images.split(self.sample_batch_size):
-            self._metric.update(batch, real=True)
-        self._range.real(images)
-
-    def _compare(self, batches: Iterable[Tensor]) -> float:
-        """Return MMD^2 of the held-out images against some others, of all ranks."""
-        for batch in batches:
-            self._metric.update(batch, real=False)
-        value = self._metric.compute().item()
-        self._metric.reset()
-        return value
-
-    def _measure(self, trainer: Trainer, model: Sampling) -> float:
-        """Return MMD^2 of the held-out images against fresh samples, of all ranks."""
-        seed = random.Random(f"{self.seed} {self.updates}").getrandbits(32)
-        latents = model.fixed_latents(self.num_fake, seed)
-        cuts = torch.arange(self.num_fake).tensor_split(trainer.world_size)[trainer.global_rank]
-        share = select(latents, slice(int(cuts[0]), int(cuts[-1]) + 1)) if len(cuts) else ()
-        with together(trainer):
-            parts = model.in_parts(share, self.sample_batch_size) if share else []
-            samples = [self._range.generated(part) for part in parts]
-        return self._compare(samples)
-
-    def _describe(self, trainer: Trainer, num_real: int, low: Tensor, high: Tensor) -> None:
-        """Log what is measured."""
-        measured = {
-            "split": "validation",
+    def facts(self) -> dict[str, Any]:
+        return {
             "kernel": repr(self._metric.kernel),
             "features": self._features_name,
             "estimator": "unbiased" if self._metric.unbiased else "biased",
-            "num_real": num_real,
-            "num_fake": self.num_fake,
-            "real_range": [low.item(), high.item()],
         }
-        describe(trainer, f"val/{self.name}", measured)
