@@ -441,13 +441,13 @@ class MMDGAN(LightningModule):
 
         Of several loaders each has its own: ``val/gap/dataloader_idx_1``.
         """
-        self._log_gap("val", batch, batch_idx)
+        self._log_gap("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the critic's gap between test data and fresh samples, as ``test/gap``."""
-        self._log_gap("test", batch, batch_idx)
+        self._log_gap("test", batch, batch_idx, dataloader_idx)
 
-    def _log_gap(self, stage: str, batch: Any, batch_idx: int) -> None:
+    def _log_gap(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         real = self.batch.read(batch)
         game = self._game(real)
         num = game.batch_size
@@ -461,7 +461,7 @@ class MMDGAN(LightningModule):
             game.check_samples(fake)
             gap = self.rule.gap(self.critic, game.target(z), (fake, *z[1:]))
         self.log(f"{stage}/gap", gap, batch_size=num, sync_dist=True)
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING and dataloader_idx == 0:
             step = float(self.trainer.global_step)
             self.log("step", step, batch_size=num, add_dataloader_idx=False)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import SHAPE, HingeGAN, mlp
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from tiny import quiet_trainer
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mmd import (
     ConstantNoise,
+    ConvergenceMonitor,
     InstanceNoise,
     NoiseInjection,
     ParametricGradientPenalty,
@@ -291,3 +293,14 @@ def test_noise_reaches_a_critic_that_is_checkpointed_or_returns_much(kind, value
     g = torch.autograd.grad(-f.mean(), list(generator.parameters()))
     expected = torch.cat([part.flatten() for part in g])
     torch.testing.assert_close(first.gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_critic_values_can_be_functions_of_torch_on_a_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ParametricGradientPenalty, "penalty")
+    parser.add_class_arguments(ConvergenceMonitor, "monitor")
+    arguments = ["--penalty.critic_values=torch.logit", "--monitor.critic_values=torch.logit"]
+    made = parser.instantiate_classes(parser.parse_args(arguments))
+    assert made.penalty.critic_values is torch.logit
+    assert made.monitor.critic_values is torch.logit

@@ -106,3 +106,29 @@ def test_help_refers_to_long_lists(capsys):
     assert "see --model.generator.help CLASS" in " ".join(text.split())
     assert "torch.nn.Linear" not in text
     assert len(text.splitlines()) < 700
+
+
+def test_as_trained_is_what_training_step_gets(tmp_path):
+    class Module(LightningModule):
+        seen = None
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch + 1
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch * 2
+
+        def training_step(self, batch, batch_idx):
+            self.seen = (batch, internals.as_trained(self.trainer, torch.zeros(2)))
+
+        def configure_optimizers(self):
+            return None
+
+    module = Module()
+    trainer = quiet_trainer(tmp_path, max_steps=1, max_epochs=1, precision="64-true")
+    with pytest.warns(UserWarning, match="returned `None`"):
+        trainer.fit(module, DataLoader(torch.zeros(2), 2))
+    own, found = module.seen
+    assert torch.equal(own, found)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [2.0, 2.0]

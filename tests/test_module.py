@@ -577,3 +577,34 @@ def test_a_trust_region_is_of_the_flow_alone(tmp_path):
         with pytest.raises(ValueError, match="trust_region adapts steps along the flow"):
             trainer(1, tmp_path).fit(model, loader())
         assert all(torch.equal(p, start[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "cure"),
+    [
+        ({"accumulate_grad_batches": 4}, r"MMDGAN\(micro_batches=4\)", {"micro_batches": 4}),
+        (
+            {"gradient_clip_val": 0.5},
+            r"generator_clip_norm=0.5, critic_clip_norm=0.5\)",
+            {"generator_clip_norm": 0.5, "critic_clip_norm": 0.5},
+        ),
+    ],
+)
+def test_flags_of_the_trainer_that_the_model_has_itself(flags, message, cure, tmp_path):
+    data = DataLoader(torch.randn(16, 2), 8)
+
+    def model(**kwargs):
+        return MMDGAN(nn.Linear(3, 2), LearnedKernelCritic(nn.Linear(2, 4), 4), latents=3, **kwargs)
+
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, max_steps=2, **flags).fit(model(), data)
+    quiet_trainer(tmp_path, max_steps=2).fit(model(**cure), data)
+
+
+def test_each_of_several_validation_loaders_is_logged(tmp_path):
+    model = MMDGAN(nn.Linear(3, 2), LearnedKernelCritic(nn.Linear(2, 4), 4), latents=3)
+    near, far = (DataLoader(torch.randn(16, 2) + shift, 8) for shift in (0.0, 9.0))
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(model, near, [near, far])
+    logged = [trainer.callback_metrics[f"val/gap/dataloader_idx_{i}"] for i in range(2)]
+    assert logged[0] != logged[1]

@@ -365,3 +365,18 @@ def test_unusable_modules_and_arguments_are_refused(tmp_path):
         MMDTracker(KERNEL, every_n_steps=0)
     with pytest.raises(ValueError, match=r"at least 2 and sample_batch_size.*got 1, 2000 and 500"):
         MMDTracker(KERNEL, num_real=1)
+
+
+def test_streamed_training_data_need_no_floor(tmp_path):
+    class Pairs(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(1, 4, 4), 0)] * 8)
+
+    train, held_out = DataLoader(Pairs(), 4), loaders()[1]
+    with pytest.raises(TypeError, match="set floor=False, or put the images into a map-style"):
+        make_trainer(tmp_path, MMDTracker(KERNEL), max_steps=2).fit(
+            TinyGenerator(), train, held_out
+        )
+    tracker = MMDTracker(KERNEL, floor=False)  # the cure
+    make_trainer(tmp_path, tracker, max_steps=2).fit(TinyGenerator(), train, held_out)
+    assert len(tracker.history) == 2
