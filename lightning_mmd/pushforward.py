@@ -27,6 +27,7 @@ from lightning_mmd.passes import (
     spectral_norms,
     unfused_attention,
 )
+from lightning_mmd.points import require_tensors
 
 __all__ = [
     "DerivativeFallbackWarning",
@@ -55,9 +56,15 @@ def evaluate_critic(critic: Callable[..., Tensor], x: Tensor, *labels: Tensor) -
         Critic values of shape (n,).
 
     Raises:
-        TypeError: If the output is not a tensor.
-        ValueError: If its shape is neither (n,) nor (n, 1).
+        TypeError: If the samples or the output are not a tensor.
+        ValueError: If there is no sample, or the output's shape is neither (n,) nor (n, 1).
     """
+    require_tensors("a critic", x=x)
+    if len(x) == 0:
+        raise ValueError(
+            f"a critic needs at least one sample, got an empty batch of shape {tuple(x.shape)}. "
+            "Leave such batches out (drop_last=True)."
+        )
     values = critic(x, *labels)
     if not isinstance(values, Tensor):
         raise TypeError(
@@ -121,8 +128,9 @@ class Pushforward:
         inputs: What the generator was called with, a tuple.
 
     Raises:
-        TypeError: If the generator does not return a tensor.
-        ValueError: If it does not return one row for each latent, or has no parameter of a name.
+        TypeError: If a latent or what the generator returns is no tensor.
+        ValueError: If there are no latents, or it does not return one row for each latent, or has
+            no parameter of a name.
 
     Example:
         >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
@@ -141,7 +149,15 @@ class Pushforward:
     ) -> None:
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
+        for part in as_inputs(z):
+            require_tensors("a generator", z=part)
         self.inputs = tuple(part.detach() for part in as_inputs(z))
+        if len(self.inputs[0]) == 0:
+            raise ValueError(
+                f"the generator {type(generator).__name__} got an empty batch, of shape "
+                f"{tuple(self.inputs[0].shape)}: a mean over it does not exist. Give at least one "
+                "latent, or leave such batches out (drop_last=True)."
+            )
         device = self.inputs[0].device
         self.reuse = reuse
         own = dict(generator.named_parameters(remove_duplicate=False))

@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
+    "points": 0,
     "batches": 1,
     "kernels": 1,
     "latents": 1,
