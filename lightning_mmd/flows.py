@@ -202,6 +202,10 @@ class GeneratorState:
             alpha = 0 its limit, -<delta, D w>.
         squared_speed: alpha ||D f||^2 + beta <f, D f>, the squared Riemannian speed; equal to -rate
             but computed on another way.
+        efficiency: alpha <delta, D w> / ||delta||^2, in [0, 1] for the exact w, where it is
+            1 - beta regularised_mmd2 / energy; None for alpha = 0, NaN for delta = 0. Along the
+            flow F(t) = F(0) exp(-(2 / alpha) integral of efficiency), and it is 0 only where
+            D delta = 0: where a flow with F > 0 comes to rest.
         length: Riemannian length of the path so far, the sum of speeds times step sizes.
         residual: Relative residual of the witness.
         num_iterations: Conjugate-gradient iterations made for it.
@@ -216,6 +220,7 @@ class GeneratorState:
     regularised_mmd2: float
     rate: float
     squared_speed: float
+    efficiency: float | None
     length: float
     residual: float
     num_iterations: int
@@ -312,6 +317,7 @@ def generator_flow(
             regularised_mmd2=regularised,
             rate=-2 / alpha * (energy - beta * regularised) if alpha > 0 else -float(gap @ image),
             squared_speed=float(alpha * image @ image + beta * w @ image),
+            efficiency=None if solution.efficiency is None else float(solution.efficiency),
             length=0.0 if previous is None else _length_after(previous, step_size),
             residual=solution.residual,
             num_iterations=solution.num_iterations,
@@ -403,8 +409,8 @@ def kernel_gan_flow(
         num_steps: Number of steps, >= 0.
         point_weights: Masses p~ > 0 of the points, (m,). Default 1/m each.
         target_weights: Masses p > 0 of the target points, (n,). Default 1/n each.
-        truncation: Points of the history whose coefficient has decayed below this factor are
-            forgotten, in [0, 1); 0 keeps all.
+        truncation: The points of a step are forgotten once their coefficients have decayed below
+            this factor, in [0, 1); 0 keeps all.
 
     Yields:
         num_steps + 1 states, the start first.
@@ -454,7 +460,8 @@ def kernel_gan_flow(
         for _ in range(num_steps):
             y = state.points
             kept = decay * state.history_coefficients
-            forgotten = int((kept < truncation * critic_lr * q.repeat(len(kept) // len(q))).sum())
+            num_ages = len(kept) // len(q)  # whole steps are forgotten, the oldest first
+            forgotten = len(q) * sum(decay**age < truncation for age in range(1, num_ages + 1))
             a = decay * state.target_coefficients + critic_lr * p
             b = torch.cat([kept[forgotten:], critic_lr * q])
             history = torch.cat([state.history[forgotten:], y])

@@ -188,6 +188,17 @@ class WitnessSolution:
         return self.descent_rate + self.gap @ self.error.to(self.gap.dtype) / self.alpha
 
     @property
+    def efficiency(self) -> Tensor | None:
+        r"""How fast F falls, of what is possible: alpha <delta, D w> / ||delta||^2.
+
+        In [0, 1] for the exact witness, where it equals :math:`1 - \beta MMD^2_{\alpha,\beta} / F`
+        (a difference that cancels). On fixed features :math:`F(t) = F(0)
+        \exp(-\frac2\alpha\int\text{efficiency}\,dt)` along the flow, and it is 0 only where
+        D delta = 0. None at alpha = 0, where F has no natural time; NaN at delta = 0.
+        """
+        return self.alpha * self.descent_rate / self.mmd2 if self.alpha > 0 else None
+
+    @property
     def speed2(self) -> Tensor:
         """Squared speed of the flow in its metric, alpha ||D f||^2 + beta <f, D f>."""
         image = self.gramian_image

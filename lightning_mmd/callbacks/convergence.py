@@ -47,9 +47,10 @@ class ConvergenceMonitor(GeneratorCadence):
     critic with itself one step ago: MMD^2, whether this update lowered it on the same latents (the
     sampled stand-in of the descent certificate), the diversity of samples, the norm of L f, how
     much one step changes the critic, a random projection of the generator's parameters and, where
-    the rule is `ClosedForm`, the efficiency of the flow. `judge` makes one verdict of the
-    traces: converging, converged, cycling, collapsed, critic too weak, critic too strong, rising, stalled, or undecided, with the advice that the papers give. A
-    verdict that changes is told, and the last one at the end of training, also where it diverged.
+    the rule is `ClosedForm`, the efficiency of the flow. `judge` makes one verdict of the traces:
+    converging, converged, cycling, collapsed, critic too weak, critic too strong, rising, stalled,
+    or undecided, with the advice that the papers give. A verdict that changes is told, and the last
+    one at the end of training, also where it diverged.
 
     Logged on the axis of generator updates, as ``convergence/...``: the traces, and the verdict by
     its number in `VERDICTS`. A resumed run goes on exactly. With several processes the first one
