@@ -95,7 +95,10 @@ class ClosedForm(UpdateRule):
     by a few conjugate-gradient iterations, started from the last weights. The generator moves along
     :math:`J^T w = L f`, and the features take one ascent step with w held. Each update logs the
     decrease of F = 1/2 ||delta||^2 that the theorem predicts beside the one that happened, on the
-    same batch and latents (both carry the bias of a batch mean).
+    same batch and latents. F and ``witness/mmd2`` are V-statistics of one batch: for n samples of
+    each kind they are too large by :math:`(\mathrm{tr\,Cov}\,\phi(x) +
+    \mathrm{tr\,Cov}\,\phi(G(z))) / n` on average (F by half of it), a floor that no generator
+    passes; :math:`JJ^T` of a batch is too large likewise, which damps a little.
 
     The step is implicit, a minimising movement. With tau the learning rate,
     :math:`u = \tau\,(\alpha J^T J + \beta I)^{-1} J^T\delta` minimises

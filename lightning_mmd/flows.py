@@ -80,14 +80,21 @@ def point_flow(
     Without noise this is explicit Euler for the Wasserstein gradient flow of 1/2 MMD^2, which can
     come to rest far from the target: particles that see no gradient stay. Noise enters where the
     gradient is evaluated only; the witness f is that of the particles without noise, and the
-    particles themselves are not perturbed. Cost O(m (n + m)) a step, for `AdaptiveNoise` times the
-    number of levels that it tries.
+    particles themselves are not perturbed. Without noise MMD^2 falls at every step while
+
+    .. math:: s\,(\kappa^2 + \lambda\, MMD) < 2, \qquad \kappa^2 = -k''(0),
+
+    lambda the `hessian_constant`; for the Gaussian kernel :math:`s < 2 b^2 / (1 + \sqrt3\, MMD)`.
+    That bounds the Hessian of m F in the particles, :math:`-\mathrm{Hess} f(y_j)\,\delta_{jl} +
+    \frac1m \partial_1\partial_2 k(y_j, y_l)`: its second part is there at the target too, where f
+    is flat, and one particle beside one target point is unstable from :math:`2 / \kappa^2` on. Cost
+    O(m (n + m)) a step, for `AdaptiveNoise` times the number of levels that it tries.
 
     Args:
         initial: Particles y of shape (m, d), or a state to continue from.
         target: Target sample x of shape (n, d), of the same dtype.
         kernel: The kernel.
-        step_size: s > 0. Stable while s times the Hessian of the witness stays below 2.
+        step_size: s > 0; see above for where it is stable.
         num_steps: Number of steps, >= 0.
         noise: Levels of the noise; none when not given.
         rng: Where the noise starts, on the particles' device. It is left alone: the flow draws

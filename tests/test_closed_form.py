@@ -78,7 +78,7 @@ def play(eta, alpha, beta, num_updates, max_iterations=50):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.1), (2.0, 6.0), (0.0, 0.7)])
 def test_both_bounds_in_terms_of_eta(alpha, beta):
-    """kappa is 1 + beta / (alpha lambda), or 1 / lambda at alpha = 0; the bounds kappa and 2 kappa."""
+    """The bounds are kappa and 2 kappa, kappa = 1 + beta / (alpha lambda), 1 / lambda at 0."""
     _, jacobian, _ = play(0.1, alpha, beta, 1)
     largest = float(torch.linalg.eigvalsh(jacobian @ jacobian.T).max())
     kappa = 1 + beta / (alpha * largest) if alpha > 0 else 1 / largest

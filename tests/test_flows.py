@@ -29,6 +29,7 @@ from lightning_mmd.noise import (
     GeometricNoise,
     HalvingNoise,
     PlateauNoise,
+    hessian_constant,
 )
 from lightning_mmd.witness import WitnessConvergenceWarning
 
@@ -240,6 +241,45 @@ def test_flows_refuse_wrong_sizes_at_once(value: float) -> None:
         )
     with pytest.raises(ValueError, match="num_steps >= 0"):
         point_flow(y, x, Gaussian(), step_size=1.0, num_steps=-1)
+
+
+def hessian_of_energy(y: Tensor, x: Tensor, kernel: Kernel) -> Tensor:
+    """Hessian of m F in the particles, by autograd: (m d, m d)."""
+
+    def energy(flat: Tensor) -> Tensor:
+        return 0.5 * len(y) * mmd2_biased(x, flat.reshape(y.shape), kernel)
+
+    return torch.autograd.functional.hessian(energy, y.flatten())
+
+
+@pytest.mark.parametrize("num", [1, 2, 6])
+@pytest.mark.parametrize("bandwidth", [0.5, 1.3])
+def test_bound_on_the_step_of_particles(bandwidth: float, num: int) -> None:
+    kernel = Gaussian(bandwidth)
+    curvature, constant = 1 / bandwidth**2, hessian_constant(kernel)
+    for scale in (0.1, 1.0, 3.0):
+        x, y = torch.randn(5, 2), scale * torch.randn(num, 2)
+        mmd = float(mmd2_biased(x, y, kernel).clamp_min(0).sqrt())
+        bound = curvature + constant * mmd
+        assert bound == pytest.approx((1 + math.sqrt(3) * mmd) / bandwidth**2)
+        assert float(torch.linalg.matrix_norm(hessian_of_energy(y, x, kernel), 2)) <= bound
+        *_, moved = point_flow(y, x, kernel, step_size=1.99 / bound, num_steps=1)
+        assert moved.mmd2 <= mmd**2 + 1e-15
+    # The second derivative of the other kernels' profiles: kappa^2 = -k''(0).
+    for other, expected in ((RationalQuadratic(0.5, 1.3), 1.3**-2), (Gaussian(0.7), 0.7**-2)):
+        at_target = hessian_of_energy(torch.zeros(1, 1), torch.zeros(1, 1), other)
+        assert float(at_target) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("step_size", "returns"), [(1.9, True), (2.1, False)])
+def test_one_particle_is_unstable_where_the_witness_is_flat(
+    step_size: float, returns: bool
+) -> None:
+    """ "s times the Hessian of the witness below 2" held for both: it is 3e-4 here."""
+    y = torch.full((1, 1), 0.01)
+    *_, state = point_flow(y, torch.zeros(1, 1), Gaussian(), step_size=step_size, num_steps=200)
+    assert (float(state.particles.abs()) < 1e-6) == returns
+    assert (float(state.particles.abs()) > 0.1) != returns
 
 
 # Generators.
