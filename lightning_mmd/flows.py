@@ -22,6 +22,7 @@ from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased
 from lightning_mmd.noise import Moment, Noise, hessian_constant
 from lightning_mmd.parameters import trainable_parameters, unflatten
+from lightning_mmd.points import require_tensors
 from lightning_mmd.witness import (
     WitnessConvergenceWarning,
     WitnessSolution,
@@ -118,7 +119,9 @@ def point_flow(
         True
     """
     _check_steps("point_flow", step_size=step_size, num_steps=num_steps)
+    require_tensors("point_flow", target=target)
     if not isinstance(initial, PointState):
+        require_tensors("point_flow", initial=initial)
         if noise is not None and rng is None:
             raise ValueError(
                 "point_flow with noise needs a rng: torch.Generator(device).manual_seed(0)."
@@ -294,6 +297,7 @@ def generator_flow(
         [1.0, 0.25, 0.0625]
     """
     _check_steps("generator_flow", step_size=step_size, num_steps=num_steps)
+    require_tensors("generator_flow", target_embedding=target_embedding)
 
     start = {n: p.detach().clone() for n, p in trainable_parameters(generator).items()}
 
@@ -446,7 +450,9 @@ def kernel_gan_flow(
             f"in [0, 1), got norm_weight = {norm_weight}, critic_lr = {critic_lr}, "
             f"truncation = {truncation}."
         )
-    points = initial.points if isinstance(initial, KernelGANState) else initial.detach()
+    start = initial.points if isinstance(initial, KernelGANState) else initial
+    require_tensors("kernel_gan_flow", initial=start, target=target)
+    points = start.detach()
     p = _masses("target_weights", target_weights, target)
     q = _masses("point_weights", point_weights, points)
     within_target = p @ kernel(target, target) @ p
@@ -481,8 +487,11 @@ def kernel_gan_flow(
 
 
 def _masses(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
+    if len(points) == 0:
+        raise ValueError(f"kernel_gan_flow needs at least one point, got none for {name}.")
     if weights is None:
         return points.new_full((len(points),), 1.0 / len(points))
+    require_tensors("kernel_gan_flow", **{name: weights})
     if weights.shape != (len(points),) or not (weights > 0).all():
         raise ValueError(
             f"{name} must hold a mass > 0 for each of the {len(points)} points, got {weights}."

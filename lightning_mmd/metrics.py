@@ -10,6 +10,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.points import require_tensors
 
 __all__ = ["MaximumMeanDiscrepancy"]
 
@@ -102,6 +103,7 @@ class MaximumMeanDiscrepancy(Metric):
                 must update both sides, if only with an empty batch.
             real: True for samples of the target, False for samples of the model.
         """
+        require_tensors("MaximumMeanDiscrepancy", samples=samples)
         if not samples.is_floating_point():
             raise TypeError(
                 f"MaximumMeanDiscrepancy needs floating-point samples, got {samples.dtype}. Scale "

@@ -30,8 +30,8 @@ _ADVICE: dict[Name, str] = {
     "converging": "Go on.",
     "cycling": "Raise alpha (from 0, try 1) or beta, or use the rule ClosedForm, which does not "
     "cycle; or lower the generator's learning rate.",
-    "collapsed": "Change the learning rate (a collapse is not a limit of the dynamics), widen the "
-    "bandwidth, or inject noise.",
+    "collapsed": "Widen the bandwidth or inject noise; a lower learning rate helps only where the "
+    "step was too long (under a narrow kernel a collapse stands at every step size).",
     "critic too weak": "Raise the critic's learning rate or critic_steps, or lower the generator's "
     "learning rate.",
     "critic too strong": "Lower the critic's learning rate (stable: rate * (alpha * "
@@ -148,8 +148,8 @@ def judge(
 
     Source:
         Mroueh & Nguyen, arXiv 2011.02402 (cycles without the penalty, alpha); Turinici, arXiv
-        2012.10410 (collapse and the learning rate); Becker et al., arXiv 2305.08277 (bandwidth and
-        rates). The thresholds are ours.
+        2012.10410 (a collapse is no limit of the dynamics); Becker et al., arXiv 2305.08277 (for
+        kernel critics it is, which is what we find; bandwidth and rates). The thresholds are ours.
 
     Example:
         >>> steps = list(range(0, 400, 10))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.latents import Inputs
 from lightning_mmd.parameters import refuse_shared_parameters
+from lightning_mmd.points import require_tensors
 
 __all__ = [
     "Image",
@@ -491,6 +492,8 @@ def check_problem(
             "a witness needs tolerance > 0 and max_iterations >= 0, got "
             f"tolerance = {tolerance}, max_iterations = {max_iterations}."
         )
+    given = {"gap": gap, "initial": initial, "secants": secants}
+    require_tensors("a witness", **{k: v for k, v in given.items() if v is not None})
     num_features = len(embedding.mean)
     for name, vector in (("gap", gap), ("initial", initial)):
         if vector is not None and vector.shape != (num_features,):
