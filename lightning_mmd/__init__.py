@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_mmd.closed_form import ClosedForm, TrustRegion
     from lightning_mmd.critics import EmbeddingCritic, LearnedKernelCritic
     from lightning_mmd.deep_kernel import DeepKernel
+    from lightning_mmd.distance import FlowDistance, flow_distance
     from lightning_mmd.embedding import MeanEmbedding
     from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
@@ -96,6 +97,7 @@ _HOMES = {
     "closed_form": ["ClosedForm", "TrustRegion"],
     "critics": ["EmbeddingCritic", "LearnedKernelCritic"],
     "deep_kernel": ["DeepKernel"],
+    "distance": ["FlowDistance", "flow_distance"],
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "features": ["RandomFourierFeatures", "SumFeatures"],

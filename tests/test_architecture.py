@@ -37,6 +37,7 @@ FLOORS = {
     "witness": 4,
     "closed_form": 5,
     "deep_kernel": 5,
+    "distance": 5,
     "flows": 5,
     "gradient_ascent": 5,
     "rates": 5,
