@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from lightning_mmd.embedding import MeanEmbedding
     from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
-    from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
+    from lightning_mmd.flows import generator_flow, point_flow
     from lightning_mmd.game import DivergedError, Game, Player, Processes, UpdateRule
     from lightning_mmd.gradient_ascent import GradientAscent
     from lightning_mmd.halving import bilinear_game, step_halving
+    from lightning_mmd.kernel_gan import kernel_gan_flow
     from lightning_mmd.kernel_objectives import (
         Attractive,
         KernelObjective,
@@ -101,10 +102,11 @@ _HOMES = {
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
-    "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
+    "flows": ["generator_flow", "point_flow"],
     "game": ["DivergedError", "Game", "Player", "Processes", "UpdateRule"],
     "gradient_ascent": ["GradientAscent"],
     "halving": ["bilinear_game", "step_halving"],
+    "kernel_gan": ["kernel_gan_flow"],
     "kernel_objectives": ["Attractive", "KernelObjective", "Repulsive", "SlopePenalty"],
     "kernel_witness": ["KernelWitness"],
     "kernels": [

@@ -18,6 +18,8 @@ __all__ = [
     "gram_dtype",
     "inner_products",
     "power",
+    "require_positive",
+    "require_steps",
     "require_tensors",
     "squared_distances",
     "wide_squared_distances",
@@ -41,6 +43,19 @@ def require_tensors(name: str, **values: Any) -> None:
                 f"{name} expects a tensor {argument}, got {type(value).__name__}. "
                 f"Convert it: torch.as_tensor({argument})."
             )
+
+
+def require_positive(name: str, **values: float) -> None:
+    """Raise a ValueError unless numbers are finite and > 0."""
+    for argument, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} needs a finite {argument} > 0, got {value}.")
+
+
+def require_steps(name: str, num_steps: int) -> None:
+    """Raise a ValueError unless a number of steps is >= 0."""
+    if num_steps < 0:
+        raise ValueError(f"{name} needs num_steps >= 0, got {num_steps}.")
 
 
 def gram_dtype(x: Tensor) -> torch.dtype:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.points import require_positive
 
 __all__ = [
     "ConvergenceRates",
@@ -122,7 +123,7 @@ def convergence_rates(
         >>> rates.regime, round(rates.spectral_radius, 5)
         ('oscillating', 0.99499)
     """
-    _require_positive(
+    require_positive(
         "convergence_rates",
         bandwidth=bandwidth,
         norm_weight=norm_weight,
@@ -214,7 +215,7 @@ def suggest_hyperparameters(
         >>> round(best.norm_weight, 6), round(best.rates.spectral_radius, 6)
         (1.9, 0.9)
     """
-    _require_positive(
+    require_positive(
         "suggest_hyperparameters",
         bandwidth=bandwidth,
         max_critic_lr=max_critic_lr,
@@ -366,7 +367,7 @@ def second_moment_dynamics(
         >>> round(float(last.covariance), 4)
         0.004
     """
-    _require_positive(
+    require_positive(
         "second_moment_dynamics",
         bandwidth=bandwidth,
         critic_lr=critic_lr,
@@ -486,9 +487,3 @@ def largest_gramian_eigenvalue(
         if not w.any():
             break
     return eigenvalue
-
-
-def _require_positive(name: str, **arguments: float) -> None:
-    for argument, value in arguments.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} needs a finite {argument} > 0, got {value}.")

@@ -187,28 +187,13 @@ def judge(
             "critic too weak",
             f"its values vary {growth:.2g} times as much as at the start; {level}",
         )
-    late = slice(half // 2, None)
-    ratios = [math.log(max(value / floor, 1.0)) for value in mmd2[late]]  # it spans decades
-    turns = max(swings(mmd2[late], noise=2 * floor), swings(ratios))
-    turned = swings(traces.projection[late])
-    period = None
-    if turns >= 3:
-        period = cycle_length(mmd2[late]) or cycle_length(ratios)
-    elif turns == 2:
-        period = cycle_length(traces.projection[late])
     fell = now <= start / 3 and now <= 1.5 * before + floor
     diversities = sorted(d for d in traces.diversity[half:] if math.isfinite(d))
     motionless = bool(diversities) and diversities[-1 - len(diversities) // 10] < collapse / 5
-    if period is not None and now > 2 * floor and not (fell or motionless):
-        span = traces.steps[-1] - traces.steps[half // 2]
-        length = period * span / max(len(ratios) - 1, 1)
-        rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
-        updates = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
-        return _verdict(
-            "cycling",
-            f"MMD^2 returns about every {length:.0f} updates{updates}, and the "
-            f"generator's parameters have turned {turned} times; {level}",
-        )
+    if now > 2 * floor and not (fell or motionless):
+        returns = _returns(traces, floor)
+        if returns is not None:
+            return _verdict("cycling", f"{returns}; {level}")
     diversity = _median(traces.diversity[-quarter:])
     if diversity < collapse:
         return _verdict(
@@ -223,6 +208,29 @@ def judge(
         return _verdict("rising", f"{level}, up from {lowest:.3g}")
     gauge = "" if math.isnan(efficiency) else f", efficiency of the flow {efficiency:.2g}"
     return _verdict("undecided", f"{level}, neither falling nor returning{gauge}")
+
+
+def _returns(traces: Traces, floor: float) -> str | None:
+    """Describe the cycle of MMD^2 in the last three quarters of the run; None without one."""
+    first = len(traces.mmd2) // 4
+    mmd2, projection = traces.mmd2[first:], traces.projection[first:]
+    ratios = [math.log(max(value / floor, 1.0)) for value in mmd2]  # it spans decades
+    turns = max(swings(mmd2, noise=2 * floor), swings(ratios))
+    period = None
+    if turns >= 3:
+        period = cycle_length(mmd2) or cycle_length(ratios)
+    elif turns == 2:
+        period = cycle_length(projection)
+    if period is None:
+        return None
+    updates = period * (traces.steps[-1] - traces.steps[first]) / max(len(mmd2) - 1, 1)
+    half = len(traces.mmd2) // 2
+    rose = _share([d > 0 for d in traces.descent[half:] if math.isfinite(d)])
+    raised = "" if math.isnan(rose) else f", {rose:.0%} of updates raise it"
+    return (
+        f"MMD^2 returns about every {updates:.0f} updates{raised}, and the generator's parameters "
+        f"have turned {swings(projection)} times"
+    )
 
 
 def swings(trace: Sequence[float], noise: float = 0.0) -> int:

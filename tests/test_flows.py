@@ -15,12 +15,11 @@ from torch.func import functional_call
 from lightning_mmd.features import RandomFourierFeatures
 from lightning_mmd.flows import (
     GeneratorState,
-    KernelGANState,
     PointState,
     generator_flow,
-    kernel_gan_flow,
     point_flow,
 )
+from lightning_mmd.kernel_gan import KernelGANState, kernel_gan_flow
 from lightning_mmd.kernels import Gaussian, Kernel, Laplace, RationalQuadratic
 from lightning_mmd.mmd import mmd2_biased
 from lightning_mmd.noise import (
@@ -455,6 +454,59 @@ def test_energy_is_the_exponential_of_the_efficiency(alpha: float, beta: float) 
     coarse, fine = gap(12), gap(24)
     assert coarse / fine == pytest.approx(2.0, rel=0.1)  # Euler's order
     assert abs(2 * fine - coarse) < 0.1 * abs(fine)  # Richardson: exact in the limit
+
+
+def drmmd(phi: Tensor, regulariser: float) -> Callable[[Tensor], Tensor]:
+    """(1 + lambda) / 2 times <delta, (C + lambda I)^-1 delta>, C of the target's features."""
+    second = phi.T @ phi / len(phi) + regulariser * torch.eye(phi.shape[1])
+    return lambda m: (
+        (1 + regulariser) / 2 * ((phi.mean(0) - m) @ torch.linalg.solve(second, phi.mean(0) - m))
+    )
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.05), (3.0, 2.0), (0.0, 1.0)])
+@pytest.mark.parametrize("name", ["drmmd", "quartic", "mmd"])
+def test_any_functional_of_the_embedding_descends(name: str, alpha: float, beta: float) -> None:
+    generator, z, features, target = setup()
+    phi = features(torch.randn(50, 2) + 1)
+    functional = {
+        "drmmd": drmmd(phi, 0.1),
+        "quartic": lambda m: (m - target).pow(4).sum() + 0.3 * (m - target).square().sum(),
+        "mmd": lambda m: 0.5 * (target - m).square().sum(),
+    }[name]
+
+    def flow(goal: Tensor | Callable, step_size: float) -> list[GeneratorState]:
+        options = {"alpha": alpha, "beta": beta, "step_size": step_size, "tolerance": 1e-12}
+        return list(generator_flow(generator, z, features, goal, num_steps=1, **options))
+
+    start, moved = flow(functional, 1e-5)
+    m = features(generator(z)).mean(0).detach().requires_grad_()
+    assert start.energy == pytest.approx(float(functional(m.detach())), rel=1e-12)
+    (slope,) = torch.autograd.grad(functional(m), m)
+    jacobian = embedding_jacobian(features, generator, z)
+    w = solve_dense(jacobian, -slope, alpha, beta)
+    torch.testing.assert_close(start.weights, w, rtol=1e-8, atol=1e-9)
+    rate = float(slope @ jacobian @ jacobian.T @ w)
+    assert start.rate == pytest.approx(rate, rel=1e-8)
+    assert start.squared_speed == pytest.approx(-rate, rel=1e-8)
+    *_, nearer = flow(functional, 5e-6)
+    coarse, fine = ((s.energy - start.energy) / s.time for s in (moved, nearer))
+    assert 2 * fine - coarse == pytest.approx(rate, rel=1e-4)
+    assert rate < 0
+    if name == "mmd":
+        for ours, theirs in zip((start, moved), flow(target, 1e-5), strict=True):
+            assert ours.energy == pytest.approx(theirs.energy, rel=1e-12)
+            torch.testing.assert_close(ours.velocity, theirs.velocity, rtol=1e-9, atol=1e-12)
+
+
+def test_functionals_without_a_differential_are_refused() -> None:
+    generator, z, features, target = setup()
+    options = {"alpha": 1.0, "beta": 0.1, "step_size": 0.1, "num_steps": 1}
+    for goal in (lambda m: (m - target).square(), lambda m: torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="must return a scalar that depends"):
+            list(generator_flow(generator, z, features, goal, **options))
+    with pytest.raises(ValueError, match="one entry for each of the 12 features"):
+        list(generator_flow(generator, z, features, target[:3], **options))
 
 
 def test_a_flow_stalls_where_the_gap_is_across_what_the_generator_can_do() -> None:

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from lightning_mmd.flows import kernel_gan_flow, point_flow
+from lightning_mmd.flows import point_flow
 from lightning_mmd.halving import bilinear_game, compare_halvings, step_halving
+from lightning_mmd.kernel_gan import kernel_gan_flow
 from lightning_mmd.kernels import Gaussian
 
 

@@ -10,7 +10,7 @@ from reference import embedding_jacobian
 from torch import Tensor, nn
 
 from lightning_mmd.embedding import MeanEmbedding
-from lightning_mmd.flows import kernel_gan_flow
+from lightning_mmd.kernel_gan import kernel_gan_flow
 from lightning_mmd.kernels import Gaussian, InverseMultiquadric, Kernel, RationalQuadratic
 from lightning_mmd.rates import (
     convergence_rates,
