@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_mmd.embedding import MeanEmbedding
     from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
+    from lightning_mmd.flow_bounds import noisy_flow_bound, plain_flow_bound, smoothness
     from lightning_mmd.flows import generator_flow, point_flow
     from lightning_mmd.game import DivergedError, Game, Player, Processes, UpdateRule
     from lightning_mmd.gradient_ascent import GradientAscent
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         mmd2_biased,
         mmd2_features,
         mmd2_unbiased,
+        mmd2_with_error,
         relative_similarity_test,
         two_sample_test,
     )
@@ -102,6 +104,7 @@ _HOMES = {
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
+    "flow_bounds": ["noisy_flow_bound", "plain_flow_bound", "smoothness"],
     "flows": ["generator_flow", "point_flow"],
     "game": ["DivergedError", "Game", "Player", "Processes", "UpdateRule"],
     "gradient_ascent": ["GradientAscent"],
@@ -127,6 +130,7 @@ _HOMES = {
         "mmd2_biased",
         "mmd2_features",
         "mmd2_unbiased",
+        "mmd2_with_error",
         "relative_similarity_test",
         "two_sample_test",
     ],

@@ -50,6 +50,8 @@ class PointState:
         noise: Level of the noise in the step that led here, 0 at the start.
         rng_state: State of the generator of the noise, None without noise.
         memory: What the noise remembers, None for noise that remembers nothing.
+        noise_sum: Sum over the steps of the noise's squared level times the mean ||u||^2 of its
+            draw: the running sum of beta^2 of `noisy_flow_bound`.
     """
 
     particles: Tensor
@@ -59,6 +61,7 @@ class PointState:
     noise: float
     rng_state: Tensor | None
     memory: tuple[float, float, float] | None = None
+    noise_sum: float = 0.0
 
 
 def point_flow(
@@ -160,6 +163,7 @@ def _point_flow(
     yield state
     for _ in range(num_steps):
         y, rng_state, memory, level, u = state.particles, state.rng_state, state.memory, 0.0, 0.0
+        noise_sum = state.noise_sum
         witness = KernelWitness(target, y, kernel)
         if noise is not None and rng_state is not None:
             rng = torch.Generator(y.device)
@@ -167,6 +171,7 @@ def _point_flow(
             u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=rng)
             rng_state = rng.get_state()
             level = noise.at(_moment(state, witness, kernel, u))
+            noise_sum += level**2 * float(u.square().sum(1).mean())
         y = y + step_size * witness.gradient(y + level * u)
         step, mmd2 = state.step + 1, float(mmd2_biased(target, y, kernel))
         memory = None if noise is None else noise.advance(memory, step, mmd2)
@@ -178,6 +183,7 @@ def _point_flow(
             noise=level,
             rng_state=rng_state,
             memory=memory,
+            noise_sum=noise_sum,
         )
         yield state
 

@@ -31,6 +31,7 @@ FLOORS = {
     "pushforward": 2,
     "critics": 3,
     "embedding": 3,
+    "flow_bounds": 3,
     "kernel_gan": 3,
     "parted": 3,
     "penalties": 3,

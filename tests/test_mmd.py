@@ -19,6 +19,7 @@ from lightning_mmd.mmd import (
     mmd2_biased,
     mmd2_features,
     mmd2_unbiased,
+    mmd2_with_error,
     relative_similarity_test,
     two_sample_test,
 )
@@ -222,6 +223,7 @@ ESTIMATORS = {
     "mmd2_unbiased": lambda x, y: mmd2_unbiased(x, y, Gaussian()),
     "mmd2_biased": lambda x, y: mmd2_biased(x, y, Gaussian()),
     "mmd2_features": lambda x, y: mmd2_features(x, y, unbiased=True),
+    "mmd2_with_error": lambda x, y: mmd2_with_error(x, y, Gaussian()),
     "two_sample_test": lambda x, y: two_sample_test(x, y, Gaussian()),
     "relative_similarity_test": lambda x, y: relative_similarity_test(x, x, y, Gaussian()),
 }
@@ -459,3 +461,23 @@ def test_arrays_are_refused_with_a_cure(name):
     x = torch.ones(3, 2)
     with pytest.raises(TypeError, match=r"got ndarray\. Convert it: torch\.as_tensor\("):
         ESTIMATORS[name](x.numpy(), x)
+
+
+@pytest.mark.parametrize(("shift", "sizes"), [(1.0, (30, 20)), (0.4, (15, 40)), (0.0, (20, 20))])
+def test_standard_error_of_mmd2(shift, sizes):
+    """The estimated variance is that over repeated draws; larger where the laws agree."""
+    generator, num, kernel = torch.Generator().manual_seed(4), 1500, Gaussian(1.0)
+    results = []
+    for _ in range(num):
+        x, y = (randn_like(generator, size, 2) for size in sizes)
+        results.append(mmd2_with_error(x, y + shift, kernel))
+    values = torch.tensor([r.value for r in results], dtype=torch.float64)
+    errors = torch.tensor([r.std_error for r in results], dtype=torch.float64)
+    spread, estimated = values.std().item(), errors.square().mean().sqrt().item()
+    exact = gaussian_mmd2(2 * shift**2, 1, 1, 2, 1.0)
+    assert abs(values.mean().item() - exact) < 5 * spread / math.sqrt(num)
+    if shift == 0.0:
+        assert spread < estimated < 1.3 * spread
+    else:
+        assert estimated == pytest.approx(spread, rel=0.08)
+    assert results[-1].value == pytest.approx(mmd2_unbiased(x, y + shift, kernel).item(), rel=1e-9)
