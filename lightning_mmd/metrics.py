@@ -10,7 +10,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
-from lightning_mmd.points import require_tensors
+from lightning_mmd.points import require_tensors, widened
 
 __all__ = ["MaximumMeanDiscrepancy"]
 
@@ -124,7 +124,7 @@ class MaximumMeanDiscrepancy(Metric):
         (self.real if real else self.fake).append(samples)
 
     def compute(self) -> Tensor:
-        """Return MMD^2 over everything seen by all processes, a float64 scalar."""
+        """Return MMD^2 over everything seen by all processes, a scalar (float64, but on MPS)."""
         minimum = 2 if self.unbiased else 1
         # Lists of batches; after synchronisation each is one tensor.
         n, m = (
@@ -141,7 +141,7 @@ class MaximumMeanDiscrepancy(Metric):
         dtype = torch.promote_types(real.dtype, fake.dtype)
         estimator = mmd2_unbiased if self.unbiased else mmd2_biased
         value = estimator(real.to(dtype), fake.to(dtype), self.kernel, block_size=self.block_size)
-        return value.double()
+        return widened(value)
 
     def reset(self) -> None:
         """Forget the fake samples, and the real ones unless `reset_real_samples` is False."""

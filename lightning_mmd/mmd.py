@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mmd.kernels import Kernel
-from lightning_mmd.points import gram_dtype, require_tensors
+from lightning_mmd.points import gram_dtype, require_tensors, wide_dtype, widened
 
 __all__ = [
     "MMD2Estimate",
@@ -140,8 +140,8 @@ def mmd2_features(phi_x: Tensor, phi_y: Tensor, *, unbiased: bool = False) -> Te
     """
     phi_x, phi_y = _paired("mmd2_features", phi_x, phi_y, min_samples=2 if unbiased else 1)
     n, m = len(phi_x), len(phi_y)
-    mean_x = phi_x.sum(0, dtype=torch.float64) / n
-    mean_y = phi_y.sum(0, dtype=torch.float64) / m
+    mean_x = phi_x.sum(0, dtype=wide_dtype(phi_x)) / n
+    mean_y = phi_y.sum(0, dtype=wide_dtype(phi_y)) / m
     mmd2 = (mean_x - mean_y).square().sum()
     if unbiased:
         # The variance of a mean, estimated without bias: what the diagonal terms add to ||mean||^2.
@@ -204,7 +204,7 @@ def mmd2_with_error(x: Tensor, y: Tensor, kernel: Kernel) -> MMD2Estimate:
         True
     """
     x, y = _paired("mmd2_with_error", x, y, min_samples=2)
-    xx, yy, xy = kernel(x, x).double(), kernel(y, y).double(), kernel(x, y).double()
+    xx, yy, xy = widened(kernel(x, x)), widened(kernel(y, y)), widened(kernel(x, y))
     n, m = len(x), len(y)
     at_x, at_y = _mean_of_others(xx) - xy.mean(1), _mean_of_others(yy) - xy.mean(0)
     first_order = 4 * (at_x.var() / n + at_y.var() / m)
@@ -224,7 +224,8 @@ class TwoSampleTest:
     Args:
         statistic: The unbiased estimate of MMD^2.
         p_value: Small when the samples differ; in [1 / (1 + num_permutations), 1].
-        null_statistics: The statistic under each permutation, shape (num_permutations,), float64.
+        null_statistics: The statistic under each permutation, shape (num_permutations,), float64;
+            float32 where the device has no other.
     """
 
     statistic: float
@@ -281,7 +282,7 @@ def two_sample_test(
         raise ValueError(f"two_sample_test needs num_permutations >= 1, got {num_permutations}.")
     n, m = len(x), len(y)
     pooled = torch.cat([x, y])
-    gram = kernel(pooled, pooled).double().fill_diagonal_(0.0)
+    gram = widened(kernel(pooled, pooled)).fill_diagonal_(0.0)
     _require_finite("two_sample_test", gram)
     device = gram.device if generator is None else generator.device
     order = torch.rand(num_permutations, n + m, device=device, generator=generator).argsort(1)
@@ -295,7 +296,8 @@ def two_sample_test(
     statistics = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * across / (n * m)
 
     observed, permuted = statistics[0], statistics[1:]
-    rounding = 1e-12 * gram.abs().mean()  # a permutation that keeps the groups is a tie
+    # A permutation that keeps the groups is a tie.
+    rounding = (1e-12 if gram.dtype == torch.float64 else 1e-6) * gram.abs().mean()
     exceeding = int((permuted >= observed - rounding).sum())
     return TwoSampleTest(observed.item(), (1 + exceeding) / (1 + num_permutations), permuted)
 
@@ -363,8 +365,8 @@ def relative_similarity_test(
     """
     reference, y = _paired("relative_similarity_test", x, y, min_samples=2)
     x, z = _paired("relative_similarity_test", x, z, min_samples=2)
-    xy, xz = kernel(reference, y).double(), kernel(x, z).double()
-    yy, zz = kernel(y, y).double(), kernel(z, z).double()
+    xy, xz = widened(kernel(reference, y)), widened(kernel(x, z))
+    yy, zz = widened(kernel(y, y)), widened(kernel(z, z))
     for gram in (xy, xz, yy, zz):
         _require_finite("relative_similarity_test", gram)
     n, m, l = len(x), len(y), len(z)  # noqa: E741
@@ -383,7 +385,9 @@ def relative_similarity_test(
         + 4 * _centred_variance(xz) / (n * l)
     )
     std_error = torch.maximum(first_order - second_order, second_order).sqrt().item()
-    rounding = 1e-14 * max(float(gram.abs().max()) for gram in (xy, xz, yy, zz))
+    rounding = (
+        50 * torch.finfo(xy.dtype).eps * max(float(gram.abs().max()) for gram in (xy, xz, yy, zz))
+    )
     if abs(difference) <= rounding and std_error <= rounding:
         return RelativeSimilarityTest(difference, std_error, 0.5)
     score = difference / std_error if std_error > 0 else math.copysign(math.inf, difference)
@@ -462,7 +466,7 @@ def _reduce_blocks(
 
 
 def _sum(gram: Tensor) -> Tensor:
-    return gram.sum(dtype=torch.float64)
+    return gram.sum(dtype=wide_dtype(gram))
 
 
 def _off_diagonal_sum(gram: Tensor) -> Tensor:

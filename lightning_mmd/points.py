@@ -4,7 +4,8 @@ Squared distances come from one matrix product, ||x||^2 + ||y||^2 - 2 <x, y>, ar
 of both samples. It cancels: the result has an absolute error of about 1e-15 R^2, R the largest
 distance from that mean, for it is formed in float64 whatever the samples' precision. So distances
 above 1e-4 R keep the digits of float32; neighbours in float32, 1e-7 R apart, are told to a tenth.
-Where the result is within the error, below about 3e-8 R, it counts as zero.
+Where the result is within the error, below about 3e-8 R, it counts as zero. Devices without float64
+(Apple's MPS) form distances in float32, with an error of 1e-6 R^2: convert far modes to the CPU.
 """
 
 import math
@@ -16,12 +17,14 @@ from torch import Tensor
 __all__ = [
     "check_points",
     "gram_dtype",
+    "has_float64",
     "inner_products",
     "power",
     "require_positive",
     "require_steps",
     "require_tensors",
     "squared_distances",
+    "wide_dtype",
     "wide_squared_distances",
     "widened",
 ]
@@ -63,9 +66,24 @@ def gram_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device can convert to float64; Apple's MPS cannot."""
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device).double()
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to accumulate in: float64, or float32 on devices that have no float64."""
+    wide = x.dtype == torch.float64 or has_float64(x.device)
+    return torch.float64 if wide else torch.float32
+
+
 def widened(x: Tensor) -> Tensor:
-    """Return a sample in float64, or in float32 on devices that have no float64 (Apple's MPS)."""
-    return x.to(gram_dtype(x)) if x.device.type == "mps" else x.double()
+    """Return a tensor in the dtype to accumulate in."""
+    return x.to(wide_dtype(x))
 
 
 def check_points(x: Tensor, y: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.latents import Inputs
 from lightning_mmd.parameters import refuse_shared_parameters
-from lightning_mmd.points import require_tensors
+from lightning_mmd.points import require_tensors, widened
 
 __all__ = [
     "Image",
@@ -112,8 +112,8 @@ class ParametricGramian(System):
         """Apply A by one reverse and one forward-mode pass."""
         v = embedding.adjoint(p.to(embedding.mean.dtype))
         jv, dx = embedding.push(v)
-        jv = jv.double()
-        energy = alpha * v.double().square().sum() + beta * (p @ p)
+        jv = widened(jv)
+        energy = alpha * widened(v).square().sum() + beta * (p @ p)
         return Image(alpha * jv + beta * p, energy, v, dx, jv)
 
     def slope(
@@ -330,13 +330,13 @@ def solve_embedding(
         ValueError: If a direction has no positive curvature.
     """
     secants = gap.new_zeros(0, 2, len(gap)) if secants is None else secants
-    secants = secants.detach().double()
+    secants = widened(secants.detach())
     gap = gap.detach()
     iterate = _Iterate(
         system or ParametricGramian(), embedding, gap, (alpha, beta), _bfgs_inverse(secants)
     )
     if initial is not None and bool(initial.any()):
-        iterate.line_search(initial.detach().double())
+        iterate.line_search(widened(initial.detach()))
     size = iterate.gap.norm()
     num_iterations = 0
     while num_iterations < max_iterations and iterate.residual.norm() > tolerance * size:
@@ -367,7 +367,7 @@ class _Iterate:
     """Conjugate gradients that carry J^T w and its tangents along: a step gives them for nothing.
 
     They are preconditioned by a function close to r -> A^-1 r. Vectors of length r are accumulated
-    in float64 over products in the networks' precision.
+    in float64 (where the device has it) over products in the networks' precision.
     """
 
     def __init__(
@@ -381,7 +381,7 @@ class _Iterate:
         self.system, self._embedding = system, embedding
         self._penalty_weights = penalty_weights
         self._precondition = precondition
-        self.gap = gap.double()
+        self.gap = widened(gap)
         self.weights = torch.zeros_like(self.gap)
         self.residual = self.gap.clone()
         samples = embedding.samples
