@@ -27,7 +27,7 @@ from lightning_mmd import (
     kernel_gan_flow,
     suggest_hyperparameters,
 )
-from lightning_mmd.flows import KernelGANState
+from lightning_mmd.kernel_gan import KernelGANState
 
 PUBLISHED = {0.1: 1e3, 0.25: 1.6e2, 0.5: 2.5, 0.75: 0.55, 1.0: 0.2}  # bandwidth: final W2^2
 FITTED = {"point_masses": (0.05, 0.95), "target_masses": (0.325, 0.675)}  # of 1.6, 1.7; of 1, -1

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_mmd.closed_form import ClosedForm, TrustRegion
     from lightning_mmd.critics import EmbeddingCritic, LearnedKernelCritic
     from lightning_mmd.deep_kernel import DeepKernel
+    from lightning_mmd.distance import FlowDistance, flow_distance
     from lightning_mmd.embedding import MeanEmbedding
     from lightning_mmd.estimators import Batch, Estimator, Lagged, Split
     from lightning_mmd.feature_metrics import FeatureMetrics
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
         TorchvisionFeatures,
     )
     from lightning_mmd.features import RandomFourierFeatures, SumFeatures
-    from lightning_mmd.flows import generator_flow, kernel_gan_flow, point_flow
+    from lightning_mmd.flow_bounds import noisy_flow_bound, plain_flow_bound, smoothness
+    from lightning_mmd.flows import generator_flow, point_flow
     from lightning_mmd.game import DivergedError, Game, Player, Processes, UpdateRule
     from lightning_mmd.gradient_ascent import GradientAscent
     from lightning_mmd.halving import bilinear_game, step_halving
+    from lightning_mmd.kernel_gan import kernel_gan_flow
     from lightning_mmd.kernel_objectives import (
         Attractive,
         KernelObjective,
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
         mmd2_biased,
         mmd2_features,
         mmd2_unbiased,
+        mmd2_with_error,
         relative_similarity_test,
         two_sample_test,
     )
@@ -109,15 +113,18 @@ _HOMES = {
     "closed_form": ["ClosedForm", "TrustRegion"],
     "critics": ["EmbeddingCritic", "LearnedKernelCritic"],
     "deep_kernel": ["DeepKernel"],
+    "distance": ["FlowDistance", "flow_distance"],
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "feature_metrics": ["FeatureMetrics"],
     "feature_networks": ["ClassifierFeatures", "InceptionFeatures", "TorchvisionFeatures"],
     "features": ["RandomFourierFeatures", "SumFeatures"],
-    "flows": ["generator_flow", "kernel_gan_flow", "point_flow"],
+    "flow_bounds": ["noisy_flow_bound", "plain_flow_bound", "smoothness"],
+    "flows": ["generator_flow", "point_flow"],
     "game": ["DivergedError", "Game", "Player", "Processes", "UpdateRule"],
     "gradient_ascent": ["GradientAscent"],
     "halving": ["bilinear_game", "step_halving"],
+    "kernel_gan": ["kernel_gan_flow"],
     "kernel_objectives": ["Attractive", "KernelObjective", "Repulsive", "SlopePenalty"],
     "kernel_witness": ["KernelWitness"],
     "kernels": [
@@ -139,6 +146,7 @@ _HOMES = {
         "mmd2_biased",
         "mmd2_features",
         "mmd2_unbiased",
+        "mmd2_with_error",
         "relative_similarity_test",
         "two_sample_test",
     ],

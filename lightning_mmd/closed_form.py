@@ -95,7 +95,22 @@ class ClosedForm(UpdateRule):
     by a few conjugate-gradient iterations, started from the last weights. The generator moves along
     :math:`J^T w = L f`, and the features take one ascent step with w held. Each update logs the
     decrease of F = 1/2 ||delta||^2 that the theorem predicts beside the one that happened, on the
-    same batch and latents (both carry the bias of a batch mean).
+    same batch and latents. F and ``witness/mmd2`` are V-statistics of one batch: for n samples of
+    each kind they are too large by :math:`(\mathrm{tr\,Cov}\,\phi(x) +
+    \mathrm{tr\,Cov}\,\phi(G(z))) / n` on average (F by half of it), a floor that no generator
+    passes; :math:`JJ^T` of a batch is too large likewise, which damps a little.
+
+    The step is implicit, a minimising movement. With tau the learning rate,
+    :math:`u = \tau\,(\alpha J^T J + \beta I)^{-1} J^T\delta` minimises
+
+    .. math:: \tfrac12\|\delta - J u\|^2
+        + \tfrac1{2\tau}\, u^T \big((\alpha - \tau) J^T J + \beta I\big) u,
+
+    Turinici's scheme for F, the mean embedding linearised in theta, in the metric with alpha - tau
+    in place of alpha. That is a metric as long as :math:`\tau < \alpha + \beta /
+    \lambda_{\max}(JJ^T)`, so for eta <= 1 whatever J is, and the step of the linear model
+    contracts until twice that: with :math:`\kappa = 1 + \beta / (\alpha\lambda_{\max})` the bounds
+    are eta < kappa and eta < 2 kappa, and for alpha = 0 they are eta lambda_max < 1 and 2.
 
     The generator's optimizer is by default plain gradient descent with learning rate eta * alpha
     (eta * beta if alpha is 0): the natural time of the flow is eta a step. Predictions are logged
@@ -119,7 +134,7 @@ class ClosedForm(UpdateRule):
         ValueError: If an argument is out of range, or alpha and beta are both zero.
 
     Source:
-        Mroueh & Nguyen, arXiv 2011.02402, theorem 1.
+        Mroueh & Nguyen, arXiv 2011.02402, theorem 1. Turinici, arXiv 2012.10410, the scheme.
     """
 
     alpha: float = 1.0
@@ -277,6 +292,8 @@ class ClosedForm(UpdateRule):
         energy = solution.mmd2 / 2
         realised = (target_mean - moved_mean).square().sum() / 2 - energy
         metrics: dict[str, Any] = {"objective": energy, "realised": realised}
+        if solution.efficiency is not None:
+            metrics["efficiency"] = solution.efficiency
         if generator.is_gradient_descent and noisy is None:
             predicted = -step_size * solution.descent_rate
             metrics |= {"predicted": predicted, "ratio": realised / predicted}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mmd.kernels import Kernel
+from lightning_mmd.points import require_tensors
 
 __all__ = ["RandomFourierFeatures", "SumFeatures"]
 
@@ -76,8 +77,10 @@ class RandomFourierFeatures(nn.Module):
             row has squared norm k(0).
 
         Raises:
+            TypeError: If the points are no tensor.
             ValueError: If the points do not have in_features values each.
         """
+        require_tensors("RandomFourierFeatures", x=x)
         if x.ndim < 2 or x.shape[1:].numel() != self.in_features:
             raise ValueError(
                 f"RandomFourierFeatures expects points of shape (n, {self.in_features}), trailing "

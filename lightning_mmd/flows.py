@@ -1,4 +1,4 @@
-r"""Flows that descend MMD^2: of points, of a generator's parameters, and of points with a critic.
+r"""Flows that descend MMD^2: of points, and of a generator's parameters.
 
 Each flow is an iterator of immutable states, one a step and the start first, so that its user can
 log, stop and save where it pleases. A state holds all that is needed to go on: passed back as
@@ -22,6 +22,7 @@ from lightning_mmd.mmd import mmd2_biased
 from lightning_mmd.noise import Moment, Noise, hessian_constant
 from lightning_mmd.parameters import trainable_parameters, unflatten
 from lightning_mmd.passes import copy_network
+from lightning_mmd.points import require_positive, require_steps, require_tensors
 from lightning_mmd.witness import (
     WitnessConvergenceWarning,
     WitnessSolution,
@@ -31,10 +32,8 @@ from lightning_mmd.witness import (
 
 __all__ = [
     "GeneratorState",
-    "KernelGANState",
     "PointState",
     "generator_flow",
-    "kernel_gan_flow",
     "point_flow",
 ]
 
@@ -51,6 +50,8 @@ class PointState:
         noise: Level of the noise in the step that led here, 0 at the start.
         rng_state: State of the generator of the noise, None without noise.
         memory: What the noise remembers, None for noise that remembers nothing.
+        noise_sum: Sum over the steps of the noise's squared level times the mean ||u||^2 of its
+            draw: the running sum of beta^2 of `noisy_flow_bound`.
     """
 
     particles: Tensor
@@ -60,6 +61,7 @@ class PointState:
     noise: float
     rng_state: Tensor | None
     memory: tuple[float, float, float] | None = None
+    noise_sum: float = 0.0
 
 
 def point_flow(
@@ -80,14 +82,21 @@ def point_flow(
     Without noise this is explicit Euler for the Wasserstein gradient flow of 1/2 MMD^2, which can
     come to rest far from the target: particles that see no gradient stay. Noise enters where the
     gradient is evaluated only; the witness f is that of the particles without noise, and the
-    particles themselves are not perturbed. Cost O(m (n + m)) a step, for `AdaptiveNoise` times the
-    number of levels that it tries.
+    particles themselves are not perturbed. Without noise MMD^2 falls at every step while
+
+    .. math:: s\,(\kappa^2 + \lambda\, MMD) < 2, \qquad \kappa^2 = -k''(0),
+
+    lambda the `hessian_constant`; for the Gaussian kernel :math:`s < 2 b^2 / (1 + \sqrt3\, MMD)`.
+    That bounds the Hessian of m F in the particles, :math:`-\mathrm{Hess} f(y_j)\,\delta_{jl} +
+    \frac1m \partial_1\partial_2 k(y_j, y_l)`: its second part is there at the target too, where f
+    is flat, and one particle beside one target point is unstable from :math:`2 / \kappa^2` on. Cost
+    O(m (n + m)) a step, for `AdaptiveNoise` times the number of levels that it tries.
 
     Args:
         initial: Particles y of shape (m, d), or a state to continue from.
         target: Target sample x of shape (n, d), of the same dtype.
         kernel: The kernel.
-        step_size: s > 0. Stable while s times the Hessian of the witness stays below 2.
+        step_size: s > 0; see above for where it is stable.
         num_steps: Number of steps, >= 0.
         noise: Levels of the noise; none when not given.
         rng: Where the noise starts, on the particles' device. It is left alone: the flow draws
@@ -110,8 +119,11 @@ def point_flow(
         >>> last.mmd2 < 1e-10
         True
     """
-    _check_steps("point_flow", step_size=step_size, num_steps=num_steps)
+    require_positive("point_flow", step_size=step_size)
+    require_steps("point_flow", num_steps)
+    require_tensors("point_flow", target=target)
     if not isinstance(initial, PointState):
+        require_tensors("point_flow", initial=initial)
         if noise is not None and rng is None:
             raise ValueError(
                 "point_flow with noise needs a rng: torch.Generator(device).manual_seed(0)."
@@ -151,6 +163,7 @@ def _point_flow(
     yield state
     for _ in range(num_steps):
         y, rng_state, memory, level, u = state.particles, state.rng_state, state.memory, 0.0, 0.0
+        noise_sum = state.noise_sum
         witness = KernelWitness(target, y, kernel)
         if noise is not None and rng_state is not None:
             rng = torch.Generator(y.device)
@@ -158,6 +171,7 @@ def _point_flow(
             u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=rng)
             rng_state = rng.get_state()
             level = noise.at(_moment(state, witness, kernel, u))
+            noise_sum += level**2 * float(u.square().sum(1).mean())
         y = y + step_size * witness.gradient(y + level * u)
         step, mmd2 = state.step + 1, float(mmd2_biased(target, y, kernel))
         memory = None if noise is None else noise.advance(memory, step, mmd2)
@@ -169,6 +183,7 @@ def _point_flow(
             noise=level,
             rng_state=rng_state,
             memory=memory,
+            noise_sum=noise_sum,
         )
         yield state
 
@@ -196,12 +211,17 @@ class GeneratorState:
         weights: w of the witness at these parameters, (r,).
         step: Number of steps made.
         time: Sum of the step sizes.
-        energy: F = 1/2 ||delta||^2, half of MMD^2 in the features.
+        energy: F = 1/2 ||delta||^2, half of MMD^2 in the features; or the functional's value, and
+            below h stands in place of delta and 1/2 ||h||^2 in place of F.
         regularised_mmd2: 1/2 <delta, w>.
         rate: dF/dt that the theorem predicts, -(2 / alpha) (F - beta regularised_mmd2); for
             alpha = 0 its limit, -<delta, D w>.
         squared_speed: alpha ||D f||^2 + beta <f, D f>, the squared Riemannian speed; equal to -rate
             but computed on another way.
+        efficiency: alpha <delta, D w> / ||delta||^2, in [0, 1] for the exact w, where it is
+            1 - beta regularised_mmd2 / energy; None for alpha = 0, NaN for delta = 0. Along the
+            flow F(t) = F(0) exp(-(2 / alpha) integral of efficiency), and it is 0 only where
+            D delta = 0: where a flow with F > 0 comes to rest.
         length: Riemannian length of the path so far, the sum of speeds times step sizes.
         residual: Relative residual of the witness.
         num_iterations: Conjugate-gradient iterations made for it.
@@ -216,6 +236,7 @@ class GeneratorState:
     regularised_mmd2: float
     rate: float
     squared_speed: float
+    efficiency: float | None
     length: float
     residual: float
     num_iterations: int
@@ -225,7 +246,7 @@ def generator_flow(
     generator: nn.Module,
     z: Tensor,
     features: Callable[[Tensor], Tensor],
-    target_embedding: Tensor,
+    target_embedding: Tensor | Callable[[Tensor], Tensor],
     *,
     alpha: float,
     beta: float,
@@ -240,7 +261,14 @@ def generator_flow(
     .. math:: \dot\theta = J^T w, \qquad (\alpha J J^T + \beta I)\, w = \delta,
         \qquad \dot F = -\frac2\alpha \left(F - \beta\, MMD^2_{\alpha,\beta}\right) \le 0
 
-    by explicit Euler on fixed latents: the textbook for `MMDGAN`. The natural time is alpha: for
+    by explicit Euler on fixed latents: the textbook for `MMDGAN`. In place of F = 1/2 ||delta||^2
+    any functional F(m) of the mean embedding may descend: its negative differential h = -dF/dm then
+    takes the place of delta, :math:`(\alpha J J^T + \beta I)\, w = h`, and
+
+    .. math:: \dot F = -\langle h, D w\rangle
+        = -\frac2\alpha \left(\tfrac12\|h\|^2 - \tfrac\beta2\langle h, w\rangle\right) \le 0.
+
+    The natural time is alpha: for
     small beta / alpha, F falls like exp(-2 t / alpha). Each step starts from copies of the
     generator's buffers, so the flow depends on the parameters alone; the generator is not changed.
     Layers that draw random numbers (dropout) belong in eval mode.
@@ -249,7 +277,8 @@ def generator_flow(
         generator: Module from latents to samples; where the flow starts.
         z: Latents of shape (n, ...).
         features: Feature map from samples to (n, r).
-        target_embedding: Mean features of the target, (r,).
+        target_embedding: Mean features of the target, (r,); or F, a differentiable function from m
+            of shape (r,) to a scalar.
         alpha: Weight of the parametric-gradient penalty, >= 0.
         beta: Weight of the RKHS norm, >= 0 and not zero together with alpha.
         step_size: Time step dt > 0; for alpha > 0 below alpha.
@@ -280,28 +309,38 @@ def generator_flow(
         >>> energies = [state.energy for state in flow]
         >>> [round(energy / energies[0], 4) for energy in energies]
         [1.0, 0.25, 0.0625]
+
+        A functional: the regularised chi-squared distance of DrMMD, 1/2 <delta, (C + I / 2)^-1
+        delta> with the second moment C = 1 / 2 of the target's features; its h is delta.
+
+        >>> half = torch.tensor([[0.5]])
+        >>> drmmd = lambda m: 0.5 * (2 - m) @ torch.linalg.solve(half + 0.5 * torch.eye(1), 2 - m)
+        >>> flow = generator_flow(
+        ...     generator, torch.randn(8, 1), lambda x: x, drmmd,
+        ...     alpha=1.0, beta=0.0, step_size=0.5, num_steps=2,
+        ... )
+        >>> energies = [state.energy for state in flow]
+        >>> [round(energy / energies[0], 4) for energy in energies]
+        [1.0, 0.25, 0.0625]
     """
-    _check_steps("generator_flow", step_size=step_size, num_steps=num_steps)
+    require_positive("generator_flow", step_size=step_size)
+    require_steps("generator_flow", num_steps)
+    if not callable(target_embedding):
+        require_tensors("generator_flow", target_embedding=target_embedding)
 
     start = {n: p.detach().clone() for n, p in trainable_parameters(generator).items()}
+    limits = {"tolerance": tolerance, "max_iterations": max_iterations}
 
     def observe(parameters: dict[str, Tensor], previous: GeneratorState | None) -> GeneratorState:
         embedding = MeanEmbedding(features, z, copy_network(generator), parameters)
-        check_problem(embedding, target_embedding, alpha, beta, tolerance, max_iterations)
-        gap = target_embedding - embedding.mean
-        solution = solve_embedding(
-            embedding,
-            gap,
-            alpha=alpha,
-            beta=beta,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            initial=None if previous is None else previous.weights,
-        )
+        energy, gap = _descended(target_embedding, embedding.mean.detach())
+        check_problem(embedding, gap, alpha, beta, **limits)
+        warm = None if previous is None else previous.weights
+        solution = solve_embedding(embedding, gap, alpha=alpha, beta=beta, **limits, initial=warm)
         _warn_of_residual(solution, tolerance)
         w, velocity = solution.weights, solution.parametric_gradient
         image = embedding.push(velocity)[0]  # D w = J J^T w
-        energy, regularised = 0.5 * float(solution.mmd2), float(solution.regularised_mmd2)
+        half, regularised = 0.5 * float(solution.mmd2), float(solution.regularised_mmd2)
         return GeneratorState(
             parameters=parameters,
             velocity=velocity,
@@ -310,8 +349,9 @@ def generator_flow(
             time=0.0 if previous is None else previous.time + step_size,
             energy=energy,
             regularised_mmd2=regularised,
-            rate=-2 / alpha * (energy - beta * regularised) if alpha > 0 else -float(gap @ image),
+            rate=-2 / alpha * (half - beta * regularised) if alpha > 0 else -float(gap @ image),
             squared_speed=float(alpha * image @ image + beta * w @ image),
+            efficiency=None if alpha == 0 else float(alpha * gap @ image / (gap @ gap)),
             length=0.0 if previous is None else _length_after(previous, step_size),
             residual=solution.residual,
             num_iterations=solution.num_iterations,
@@ -321,12 +361,37 @@ def generator_flow(
         state = observe(start, None) if initial is None else initial
         yield state
         for _ in range(num_steps):
-            along = unflatten(state.velocity, state.parameters)
-            moved = {n: p + step_size * along[n] for n, p in state.parameters.items()}
-            state = observe(moved, state)
+            state = observe(_moved(state, step_size), state)
             yield state
 
     return flow()
+
+
+def _descended(target: Tensor | Callable[[Tensor], Tensor], mean: Tensor) -> tuple[float, Tensor]:
+    """Return F and its negative differential at a mean embedding."""
+    if isinstance(target, Tensor):
+        if target.shape != mean.shape:
+            raise ValueError(
+                f"target_embedding must have one entry for each of the {len(mean)} features, got "
+                f"shape {tuple(target.shape)}."
+            )
+        gap = target - mean
+        return 0.5 * float(gap.square().sum()), gap
+    with torch.enable_grad():
+        m = mean.clone().requires_grad_()
+        value = target(m)
+        if value.shape != () or not value.requires_grad:
+            raise ValueError(
+                "the functional must return a scalar that depends on the mean embedding by torch "
+                f"operations, got shape {tuple(value.shape)}. Reduce it: (...).sum()."
+            )
+        (slope,) = torch.autograd.grad(value, m)
+    return float(value.detach()), -slope
+
+
+def _moved(state: GeneratorState, step_size: float) -> dict[str, Tensor]:
+    along = unflatten(state.velocity, state.parameters)
+    return {n: p + step_size * along[n] for n, p in state.parameters.items()}
 
 
 def _length_after(state: GeneratorState, step_size: float) -> float:
@@ -342,143 +407,3 @@ def _warn_of_residual(solution: WitnessSolution, tolerance: float) -> None:
             WitnessConvergenceWarning,
             stacklevel=4,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class KernelGANState:
-    """A moment of `kernel_gan_flow`.
-
-    The critic is f = sum_i a_i k(x_i, .) - sum_s b_s k(h_s, .) with target points x and the points'
-    history h: `KernelWitness(target, history, kernel, x_weights=target_coefficients,
-    y_weights=history_coefficients)`, where the history is not empty.
-
-    Args:
-        points: The model sample y, (m, d).
-        target_coefficients: a, (n,).
-        history: h, the points of earlier steps, oldest first, (s, d).
-        history_coefficients: b, (s,).
-        step: Number of steps made.
-        mmd2: Squared MMD of the weighted target and points, ||sum p k(x, .) - sum p~ k(y, .)||^2.
-    """
-
-    points: Tensor
-    target_coefficients: Tensor
-    history: Tensor
-    history_coefficients: Tensor
-    step: int
-    mmd2: float
-
-
-def kernel_gan_flow(
-    initial: Tensor | KernelGANState,
-    target: Tensor,
-    kernel: Kernel,
-    *,
-    norm_weight: float,
-    critic_lr: float,
-    generator_lr: float,
-    num_steps: int,
-    point_weights: Tensor | None = None,
-    target_weights: Tensor | None = None,
-    truncation: float = 0.0,
-) -> Iterator[KernelGANState]:
-    r"""Play the game between points and a critic in the RKHS, by alternating gradient steps.
-
-    .. math:: f &\leftarrow (1 - \eta_d\lambda) f + \eta_d
-        \Big[\sum_i p_i k(x_i, \cdot) - \sum_j \tilde p_j k(y_j, \cdot)\Big] \\
-        y_j &\leftarrow y_j + \eta_g \tilde p_j \nabla f(y_j)
-
-    Gradient ascent on :math:`\sum p f(x) - \sum \tilde p f(y) - \frac\lambda2\|f\|_H^2` in f,
-    then descent in y with the new f: a GAN whose critic is trained, not solved for. The critic is
-    exact: its coefficients on the target and on all earlier points, which decay by 1 - critic_lr *
-    norm_weight a step. Cost O(m (n + m s)) at step s; truncation bounds it.
-
-    Args:
-        initial: Points y of shape (m, d), or a state to continue from.
-        target: Target points x of shape (n, d), of the same dtype.
-        kernel: The kernel.
-        norm_weight: lambda >= 0, weight of the critic's RKHS norm.
-        critic_lr: eta_d > 0, with critic_lr * norm_weight <= 1.
-        generator_lr: eta_g > 0.
-        num_steps: Number of steps, >= 0.
-        point_weights: Masses p~ > 0 of the points, (m,). Default 1/m each.
-        target_weights: Masses p > 0 of the target points, (n,). Default 1/n each.
-        truncation: Points of the history whose coefficient has decayed below this factor are
-            forgotten, in [0, 1); 0 keeps all.
-
-    Yields:
-        num_steps + 1 states, the start first.
-
-    Raises:
-        ValueError: If an argument is out of range or a shape does not fit.
-
-    Source:
-        Becker et al. 2022, arXiv 2305.08277, the exact recursion of points and kernel critic.
-
-    Example:
-        >>> from lightning_mmd.kernels import Gaussian
-        >>> *_, last = kernel_gan_flow(
-        ...     torch.tensor([[0.1]]), torch.zeros(1, 1), Gaussian(),
-        ...     norm_weight=1.0, critic_lr=0.1, generator_lr=0.1, num_steps=200,
-        ... )
-        >>> bool(last.points.abs() < 1e-4)
-        True
-    """
-    _check_steps(
-        "kernel_gan_flow", critic_lr=critic_lr, generator_lr=generator_lr, num_steps=num_steps
-    )
-    if not (0 <= norm_weight and critic_lr * norm_weight <= 1 and 0 <= truncation < 1):
-        raise ValueError(
-            "kernel_gan_flow needs norm_weight >= 0, critic_lr * norm_weight <= 1 and truncation "
-            f"in [0, 1), got norm_weight = {norm_weight}, critic_lr = {critic_lr}, "
-            f"truncation = {truncation}."
-        )
-    points = initial.points if isinstance(initial, KernelGANState) else initial.detach()
-    p = _masses("target_weights", target_weights, target)
-    q = _masses("point_weights", point_weights, points)
-    within_target = p @ kernel(target, target) @ p
-
-    def mmd2(y: Tensor) -> float:
-        return float(within_target + q @ kernel(y, y) @ q - 2 * p @ kernel(target, y) @ q)
-
-    def flow() -> Iterator[KernelGANState]:
-        if isinstance(initial, KernelGANState):
-            state = initial
-        else:
-            empty = points.new_empty(0)
-            state = KernelGANState(
-                points, torch.zeros_like(p), points[:0], empty, step=0, mmd2=mmd2(points)
-            )
-        yield state
-        decay = 1 - critic_lr * norm_weight
-        for _ in range(num_steps):
-            y = state.points
-            kept = decay * state.history_coefficients
-            forgotten = int((kept < truncation * critic_lr * q.repeat(len(kept) // len(q))).sum())
-            a = decay * state.target_coefficients + critic_lr * p
-            b = torch.cat([kept[forgotten:], critic_lr * q])
-            history = torch.cat([state.history[forgotten:], y])
-            critic = KernelWitness(target, history, kernel, x_weights=a, y_weights=b)
-            y = y + generator_lr * q[:, None] * critic.gradient(y)
-            state = KernelGANState(y, a, history, b, step=state.step + 1, mmd2=mmd2(y))
-            yield state
-
-    return flow()
-
-
-def _masses(name: str, weights: Tensor | None, points: Tensor) -> Tensor:
-    if weights is None:
-        return points.new_full((len(points),), 1.0 / len(points))
-    if weights.shape != (len(points),) or not (weights > 0).all():
-        raise ValueError(
-            f"{name} must hold a mass > 0 for each of the {len(points)} points, got {weights}."
-        )
-    return weights
-
-
-def _check_steps(name: str, *, num_steps: int, **sizes: float) -> None:
-    for size, value in sizes.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} needs a finite {size} > 0, got {value}.")
-    if num_steps < 0:
-        raise ValueError(f"{name} needs num_steps >= 0, got {num_steps}.")

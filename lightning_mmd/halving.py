@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_mmd.points import require_tensors
+
 __all__ = ["StepHalving", "bilinear_game", "compare_halvings", "step_halving"]
 
 Verdict = Literal["converged", "not yet", "no limit"]
@@ -76,7 +78,9 @@ def step_halving(
         Curves, distances and verdict.
 
     Raises:
-        ValueError: If an argument is out of range or a curve has another length.
+        TypeError: If a run returns no tensor.
+        ValueError: If an argument is out of range, a curve has another length, or a value is not
+            finite.
 
     Source:
         Turinici, arXiv 2012.10410, the convergence criterion.
@@ -97,6 +101,7 @@ def step_halving(
     def curve(halving: int, seed: int) -> Curve:
         num = num_steps * 2**halving
         values = run(step_size / 2**halving, num, seed)
+        require_tensors("step_halving", metric=values)
         if values.shape != (num + 1,):
             raise ValueError(
                 f"a run of {num} steps must return the metric at {num + 1} points, its start "
@@ -123,8 +128,9 @@ def compare_halvings(
         Curves, distances and verdict.
 
     Raises:
-        ValueError: If there are fewer than three levels, a level lacks a seed, or an axis does not
-            rise.
+        TypeError: If a curve is no pair of tensors.
+        ValueError: If there are fewer than three levels, a level lacks a seed, an axis does not
+            rise, or a value is not finite.
 
     Source:
         Turinici, arXiv 2012.10410, the convergence criterion.
@@ -135,7 +141,13 @@ def compare_halvings(
             "compare_halvings needs runs with the step and with a half and a quarter of it at "
             f"least, of the same seeds, got {[len(level) for level in curves]} runs a level."
         )
-    for axis, _ in (curve for level in curves for curve in level):
+    for axis, metric in (curve for level in curves for curve in level):
+        require_tensors("compare_halvings", axis=axis, metric=metric)
+        if not metric.isfinite().all():
+            raise ValueError(
+                "a curve needs finite values, got NaN or infinity: the training has diverged, at "
+                "this step size at least. Start from a smaller step."
+            )
         if len(axis) < 2 or not (axis.diff() > 0).all():
             raise ValueError(
                 "a curve needs two points or more, at cumulative learning rates that rise, got "

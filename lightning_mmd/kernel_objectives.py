@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mmd.kernels import Kernel, squared_distances
+from lightning_mmd.kernels import Kernel
 from lightning_mmd.passes import full_precision, unfused_attention
+from lightning_mmd.points import squared_distances
 
 __all__ = [
     "Attractive",

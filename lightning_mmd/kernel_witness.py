@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.kernels import Kernel
+from lightning_mmd.points import gram_dtype, require_tensors
 
 __all__ = ["KernelWitness"]
 
@@ -26,6 +27,7 @@ class KernelWitness:
         block_size: Number of sample points whose kernel values are held at a time.
 
     Raises:
+        TypeError: If a sample or its weights are no tensor.
         ValueError: If a sample or its weights are empty or of another shape.
 
     Source:
@@ -59,11 +61,13 @@ class KernelWitness:
 
     def __call__(self, points: Tensor) -> Tensor:
         """Return f at points of shape (k, d), as (k,), differentiable in the points."""
+        require_tensors("KernelWitness", points=points)
         terms = (self._kernel(points, centres) @ weights for centres, weights in self._blocks)
-        return sum(terms, points.new_zeros(len(points)))
+        return sum(terms, points.new_zeros(len(points), dtype=gram_dtype(points)))
 
     def gradient(self, points: Tensor) -> Tensor:
         """Return the gradients of f at points of shape (k, d), as (k, d), without a graph."""
+        require_tensors("KernelWitness", points=points)
         points = points.detach().requires_grad_()
         gradient = torch.zeros_like(points, requires_grad=False)
         for centres, weights in self._blocks:
@@ -76,16 +80,19 @@ class KernelWitness:
 def _weighted_blocks(
     sign: int, name: str, points: Tensor, weights: Tensor | None, block_size: int
 ) -> list[tuple[Tensor, Tensor]]:
+    given = {} if weights is None else {f"{name}_weights": weights}
+    require_tensors("KernelWitness", **{name: points}, **given)
     if points.ndim != 2 or len(points) == 0:
         raise ValueError(
             f"KernelWitness expects {name} of shape (n, d) with n >= 1, got "
             f"{tuple(points.shape)}. Flatten images first: {name}.flatten(1)."
         )
     if weights is None:
-        weights = points.new_full((len(points),), 1.0 / len(points))
+        weights = points.new_full((len(points),), 1.0 / len(points), dtype=gram_dtype(points))
     if weights.shape != (len(points),):
         raise ValueError(
             f"KernelWitness expects one weight for each of the {len(points)} points {name}, got "
             f"shape {tuple(weights.shape)}."
         )
+    weights = weights.to(gram_dtype(points))
     return list(zip(points.split(block_size), (sign * weights).split(block_size), strict=True))

@@ -1,9 +1,8 @@
 r"""Kernels k(x, y): small immutable objects that map two samples to their Gram matrix.
 
-All but `Polynomial`, `Linear` and sums with them are built on Euclidean distances. These come from
-one matrix product, ||x||^2 + ||y||^2 - 2 <x, y>, taken around the common mean of both samples, so
-that float32 keeps its digits; distances below the resolution of that identity count as zero.
-Kernels compute in the precision of their inputs, under `torch.autocast` too.
+All but `Polynomial`, `Linear` and sums with them are built on Euclidean distances, which
+`lightning_mmd.points` forms in float64. Values have the precision of the points, float32 for points
+in half precision, under `torch.autocast` too.
 """
 
 import dataclasses
@@ -16,7 +15,15 @@ from random import Random
 import torch
 from torch import Generator, Tensor
 
-from lightning_mmd.wide import widen
+from lightning_mmd.points import (
+    gram_dtype,
+    inner_products,
+    power,
+    require_tensors,
+    squared_distances,
+    wide_squared_distances,
+    widened,
+)
 
 __all__ = [
     "Energy",
@@ -30,7 +37,6 @@ __all__ = [
     "StationaryKernel",
     "SumKernel",
     "median_bandwidth",
-    "squared_distances",
 ]
 
 
@@ -38,9 +44,11 @@ class Kernel(ABC):
     """A symmetric positive semi-definite function k(x, y) of two points.
 
     Subclasses are frozen dataclasses: they compare, hash, print and pickle by their parameters, and
-    a YAML file builds them from `class_path` and `init_args`. Values, first and second derivatives
-    are finite everywhere, at coincident points too, where a kernel that is not differentiable
-    (`Laplace`, `Energy`) has derivative 0.
+    a YAML file builds them from `class_path` and `init_args`. Values of stationary kernels are
+    finite at all points of float16 to float32, and at those of float64 up to 1e150; values of the
+    others where their powers are in the dtype's range. So are first and second derivatives, where
+    the fourth power of 1 / bandwidth is in the range too; at coincident points, where `Laplace` and
+    `Energy` are not differentiable, they have derivative 0.
     """
 
     @abstractmethod
@@ -52,9 +60,10 @@ class Kernel(ABC):
             y: Points of shape (m, d), of the same floating dtype.
 
         Returns:
-            k(x_i, y_j) of shape (n, m).
+            k(x_i, y_j) of shape (n, m), in the dtype of the points; float32 for half precision.
 
         Raises:
+            TypeError: If a sample is no tensor.
             ValueError: If a sample is not of shape (n, d), or the two differ in d or in dtype.
         """
 
@@ -150,7 +159,7 @@ class StationaryKernel(Kernel):
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return ones, k(0), of shape (n,)."""
-        return x.new_ones(len(x))
+        return x.new_ones(len(x), dtype=gram_dtype(x))
 
     @abstractmethod
     def _profile(self, squared_distances: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ class Gaussian(StationaryKernel):
         _require_positive(self, bandwidth=self.bandwidth)
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
-        return (squared_distances / (-2.0 * self.bandwidth**2)).exp()
+        return (_scaled(squared_distances, self.bandwidth) / -2.0).exp()
 
     def fourth_moment(self) -> float:
         """Return 3 / bandwidth^4, that of a normal distribution."""
@@ -229,7 +238,7 @@ class Laplace(StationaryKernel):
         _require_positive(self, bandwidth=self.bandwidth)
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
-        return (_power(squared_distances, 0.5) / -self.bandwidth).exp()
+        return (-power(_scaled(squared_distances, self.bandwidth), 0.5)).exp()
 
     def sample_frequencies(self, num: int, dim: int, generator: Generator) -> Tensor:
         """Draw multivariate Cauchy frequencies of scale 1 / bandwidth."""
@@ -268,7 +277,7 @@ class RationalQuadratic(StationaryKernel):
         _require_positive(self, alpha=self.alpha, bandwidth=self.bandwidth)
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
-        scaled = squared_distances / (2.0 * self.alpha * self.bandwidth**2)
+        scaled = _scaled(squared_distances, self.bandwidth) / (2.0 * self.alpha)
         return (scaled.log1p() * -self.alpha).exp()
 
     def fourth_moment(self) -> float:
@@ -311,7 +320,7 @@ class InverseMultiquadric(StationaryKernel):
         _require_positive(self, bandwidth=self.bandwidth)
 
     def _profile(self, squared_distances: Tensor) -> Tensor:
-        return (squared_distances / self.bandwidth**2 + 1.0).rsqrt()
+        return (_scaled(squared_distances, self.bandwidth) + 1.0).rsqrt()
 
     def fourth_moment(self) -> float:
         """Return 9 / bandwidth^4, that of the rational quadratic with alpha = 1/2."""
@@ -328,7 +337,9 @@ class Energy(Kernel):
     r"""Distance-induced kernel (||x||^e + ||y||^e - ||x - y||^e) / 2.
 
     MMD^2 under it is half the generalised energy distance 2 E||x - y||^e - E||x - x'||^e
-    - E||y - y'||^e, which has no length scale to tune. The origin does not matter to MMD.
+    - E||y - y'||^e, which has no length scale to tune. The origin does not matter to MMD, nor to
+    witnesses of equal total masses, sum a = sum b; where the masses differ it does, by
+    (sum a - sum b) ||t||^e / 2 in the witness: move it into the data then.
 
     Args:
         exponent: Exponent e, strictly between 0 and 2; 1 is the energy distance.
@@ -357,12 +368,16 @@ class Energy(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
-        distances = _power(squared_distances(x, y), self.exponent / 2)
-        return (self.diagonal(x)[:, None] + self.diagonal(y) - distances) / 2
+        distances = power(wide_squared_distances(x, y), self.exponent / 2)
+        values = (self._wide_diagonal(x)[:, None] + self._wide_diagonal(y) - distances) / 2
+        return values.to(gram_dtype(x))
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return ||x_i||^e of shape (n,)."""
-        return _power(x.square().sum(1), self.exponent / 2)
+        return self._wide_diagonal(x).to(gram_dtype(x))
+
+    def _wide_diagonal(self, x: Tensor) -> Tensor:
+        return power(widened(x).square().sum(1), self.exponent / 2)
 
 
 @dataclass(frozen=True)
@@ -406,11 +421,11 @@ class Polynomial(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
-        return self._profile(_inner_products(x, y), x.shape[1])
+        return self._profile(inner_products(x, y), x.shape[1])
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return (scale ||x_i||^2 + offset)^degree of shape (n,)."""
-        return self._profile(x.square().sum(1), x.shape[1])
+        return self._profile(x.to(gram_dtype(x)).square().sum(1), x.shape[1])
 
     def _profile(self, inner_products: Tensor, dim: int) -> Tensor:
         scale = 1.0 / dim if self.scale is None else self.scale
@@ -431,11 +446,11 @@ class Linear(Kernel):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Gram matrix of shape (n, m)."""
-        return _inner_products(x, y)
+        return inner_products(x, y)
 
     def diagonal(self, x: Tensor) -> Tensor:
         """Return ||x_i||^2 of shape (n,)."""
-        return x.square().sum(1)
+        return x.to(gram_dtype(x)).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -569,8 +584,9 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
         A positive distance.
 
     Raises:
-        ValueError: If the shapes differ, `max_samples` is less than 2, or there are fewer than two
-            distinct points.
+        TypeError: If a sample is no tensor.
+        ValueError: If the shapes differ, `max_samples` is less than 2, a value is not finite, or
+            there are fewer than two distinct points.
 
     Source:
         Gretton et al. 2012, A kernel two-sample test, section 8. Garreau et al. 2017, Large sample
@@ -581,6 +597,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
         >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
         3.0
     """
+    require_tensors("median_bandwidth", x=x, **({} if y is None else {"y": y}))
     if max_samples < 2:
         raise ValueError(f"median_bandwidth needs max_samples >= 2, got {max_samples}.")
     if y is not None and x.shape[1:] != y.shape[1:]:
@@ -592,7 +609,13 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
     num = len(pooled)
     if num > max_samples:
         pooled = pooled[torch.arange(max_samples, device=pooled.device) * num // max_samples]
-    distances = torch.pdist(widen(pooled.reshape(len(pooled), -1))) if num > 1 else x.new_empty(0)
+    if not pooled.isfinite().all():
+        raise ValueError(
+            "median_bandwidth needs finite points, got NaN or infinite values. Remove them: "
+            "x[x.flatten(1).isfinite().all(1)]."
+        )
+    points = widened(pooled.flatten(1))
+    distances = torch.pdist(points) if num > 1 else points.new_empty(0)
     distances = distances[distances > 0]
     if len(distances) == 0:
         raise ValueError(
@@ -600,6 +623,16 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
             f"Give a larger sample or set the bandwidth yourself."
         )
     return distances.median().item()
+
+
+def _scaled(squared_distances: Tensor, bandwidth: float) -> Tensor:
+    """Return squared distances over bandwidth^2, 0 at distance 0 whatever the bandwidth.
+
+    Where the square leaves the dtype's range it is replaced by the end of the range: all distances
+    but 0 are then far beyond a tiny bandwidth, and far within a huge one.
+    """
+    limits = torch.finfo(squared_distances.dtype)
+    return squared_distances / min(max(bandwidth * bandwidth, limits.tiny), limits.max)
 
 
 def _require_positive(kernel: Kernel, **parameters: float) -> None:
@@ -613,43 +646,3 @@ def _require_positive(kernel: Kernel, **parameters: float) -> None:
 def _normal(num: int, dim: int, generator: Generator) -> Tensor:
     device = generator.device
     return torch.randn(num, dim, dtype=torch.float64, device=device, generator=generator)
-
-
-def _check_points(x: Tensor, y: Tensor) -> None:
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"A kernel expects points of shapes (n, d) and (m, d), got {tuple(x.shape)} and "
-            f"{tuple(y.shape)}. Flatten images first: x.flatten(1)."
-        )
-    if x.dtype != y.dtype or not x.is_floating_point():
-        raise ValueError(
-            f"A kernel expects points of one floating dtype, got {x.dtype} and {y.dtype}. "
-            f"Convert one: y.to(x.dtype)."
-        )
-
-
-def _inner_products(x: Tensor, y: Tensor) -> Tensor:
-    """Return <x_i, y_j> of shape (n, m)."""
-    _check_points(x, y)
-    with torch.autocast(x.device.type, enabled=False):
-        return x @ y.T
-
-
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return ||x_i - y_j||^2 of shape (n, m), with all derivatives, exactly 0 at coincidence."""
-    _check_points(x, y)
-    centre = ((x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))).detach()
-    x, y = x - centre, y - centre
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    with torch.autocast(x.device.type, enabled=False):
-        squared = torch.addmm(norms, x, y.T, alpha=-2.0)
-    # Rounding of coincident points: at most half of this for d up to 12288, float32 and float64.
-    rounding = squared <= norms * ((2.0 + math.sqrt(x.shape[1])) * torch.finfo(x.dtype).eps)
-    # Subtracting a constant corrects the value and keeps the derivatives of the polynomial.
-    return squared - squared.detach().where(rounding, 0.0)
-
-
-def _power(squared: Tensor, exponent: float) -> Tensor:
-    """Return squared ** exponent, with derivative 0 where squared is 0."""
-    zero = squared == 0
-    return squared.masked_fill(zero, 1.0).pow(exponent).masked_fill(zero, 0.0)

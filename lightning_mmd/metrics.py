@@ -10,6 +10,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
 from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.points import require_tensors
 from lightning_mmd.wide import widen
 
 __all__ = ["MaximumMeanDiscrepancy"]
@@ -103,6 +104,7 @@ class MaximumMeanDiscrepancy(Metric):
                 must update both sides, if only with an empty batch.
             real: True for samples of the target, False for samples of the model.
         """
+        require_tensors("MaximumMeanDiscrepancy", samples=samples)
         if not samples.is_floating_point():
             raise TypeError(
                 f"MaximumMeanDiscrepancy needs floating-point samples, got {samples.dtype}. Scale "
@@ -123,7 +125,7 @@ class MaximumMeanDiscrepancy(Metric):
         (self.real if real else self.fake).append(samples)
 
     def compute(self) -> Tensor:
-        """Return MMD^2 over everything seen by all processes, a float64 scalar."""
+        """Return MMD^2 over everything seen by all processes, a scalar (float64, but on MPS)."""
         minimum = 2 if self.unbiased else 1
         # Lists of batches; after synchronisation each is one tensor.
         n, m = (

@@ -187,8 +187,10 @@ class AdaptiveNoise(Noise):
 
     D is measured on a falling geometric grid of levels, and the first level that fits is refined by
     bisection towards the next larger one: one gradient evaluation each. As
-    :math:`D_\beta \le 2F \kappa^2` with the kernel's gradient constant kappa, no level above
-    kappa / (2 lambda sqrt(d)) ever fits (bandwidth / sqrt(12 d) for the Gaussian).
+    :math:`D_\beta \le 2F \kappa^2` with the kernel's gradient constant kappa (1 / bandwidth for the
+    Gaussian), no level above :math:`\kappa / (2 \lambda \overline{\|u\|^2}^{1/2})` ever fits. For
+    many particles the mean is close to d, which makes that bandwidth / sqrt(12 d); for a few it is
+    that of the draw, and one particle whose u happens to be small may get any level.
 
     Args:
         largest: Largest level tried, > 0, in the units of the samples.

@@ -27,6 +27,7 @@ from lightning_mmd.passes import (
     spectral_norms,
     unfused_attention,
 )
+from lightning_mmd.points import require_tensors
 from lightning_mmd.reach import unreached
 
 __all__ = [
@@ -56,9 +57,15 @@ def evaluate_critic(critic: Callable[..., Tensor], x: Tensor, *labels: Tensor) -
         Critic values of shape (n,).
 
     Raises:
-        TypeError: If the output is not a tensor.
-        ValueError: If its shape is neither (n,) nor (n, 1).
+        TypeError: If the samples or the output are not a tensor.
+        ValueError: If there is no sample, or the output's shape is neither (n,) nor (n, 1).
     """
+    require_tensors("a critic", x=x)
+    if len(x) == 0:
+        raise ValueError(
+            f"a critic needs at least one sample, got an empty batch of shape {tuple(x.shape)}. "
+            "Leave such batches out (drop_last=True)."
+        )
     values = critic(x, *labels)
     if not isinstance(values, Tensor):
         raise TypeError(
@@ -122,10 +129,10 @@ class Pushforward:
         inputs: What the generator was called with, a tuple.
 
     Raises:
-        TypeError: If the generator is no module, or does not return a tensor.
-        ValueError: If it does not return one row for each latent, has no parameter of a name, or
-            uses a parameter by another way than as an attribute of a module: in a plain list, a
-            closure or a partial function.
+        TypeError: If the generator is no module, or a latent or what it returns is no tensor.
+        ValueError: If there are no latents, or it does not return one row for each latent, has no
+            parameter of a name, or uses a parameter by another way than as an attribute of a
+            module: in a plain list, a closure or a partial function.
 
     Example:
         >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
@@ -149,7 +156,15 @@ class Pushforward:
             )
         parameters = trainable_parameters(generator) if parameters is None else parameters
         self.generator = generator
+        for part in as_inputs(z):
+            require_tensors("a generator", z=part)
         self.inputs = tuple(part.detach() for part in as_inputs(z))
+        if len(self.inputs[0]) == 0:
+            raise ValueError(
+                f"the generator {type(generator).__name__} got an empty batch, of shape "
+                f"{tuple(self.inputs[0].shape)}: a mean over it does not exist. Give at least one "
+                "latent, or leave such batches out (drop_last=True)."
+            )
         device = self.inputs[0].device
         self.reuse = reuse
         own = dict(generator.named_parameters(remove_duplicate=False))

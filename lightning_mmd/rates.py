@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.points import require_positive
 
 __all__ = [
     "ConvergenceRates",
@@ -122,7 +123,7 @@ def convergence_rates(
         >>> rates.regime, round(rates.spectral_radius, 5)
         ('oscillating', 0.99499)
     """
-    _require_positive(
+    require_positive(
         "convergence_rates",
         bandwidth=bandwidth,
         norm_weight=norm_weight,
@@ -179,12 +180,14 @@ def suggest_hyperparameters(
     .. math:: \lambda = \frac{2\sqrt q - q}{\eta_d} \approx
         \frac{2}{\sigma}\sqrt{\frac{\eta_g}{\eta_d}\,\tilde p\, p} \quad (q \ll 1),
 
-    so the largest rates are best until q = 1, where the deviation is gone after two steps. In all
-    other cases the spectral radius is minimised numerically, on a grid of lambda and both rates
-    that is refined around its best point. The published
-    :math:`\lambda^* = \sqrt{\mu\tilde p\Delta} / \sigma, \mu = \eta_g / \eta_d` makes the points'
-    factor equal to the critic's own, :math:`1 - \eta_d\lambda`; the latter is of second order for
-    the points and is not counted here, so the minimum may lie elsewhere.
+    so the largest rates are best until q = 1, where the deviation is gone after two steps. With a
+    surplus :math:`\Delta > 0`, of any number of points, q = 1 with :math:`\eta_d\lambda = \Delta /
+    p` brings the least radius there is, 0, where the bounds allow it. In all other cases the
+    spectral radius is minimised numerically, on a grid of lambda and both rates that is refined
+    around its best point. The published :math:`\lambda^* = \sqrt{\mu\tilde p\Delta} / \sigma,
+    \mu = \eta_g / \eta_d` makes the points' factor equal to the critic's own, :math:`1 -
+    \eta_d\lambda`; the latter is of second order for the points and is not counted here, so the
+    minimum may lie elsewhere.
 
     The rate is local: it says nothing of the basin of attraction, which grows with the bandwidth.
 
@@ -201,7 +204,7 @@ def suggest_hyperparameters(
 
     Raises:
         ValueError: If an argument is out of range, or no setting is stable: several points with a
-            mass surplus <= 0.
+            mass surplus <= 0, where one within 1e-12 of the masses is rounding and counts as 0.
 
     Source:
         Becker et al. 2022, arXiv 2305.08277, for the choice of lambda; the closed form is derived
@@ -212,7 +215,7 @@ def suggest_hyperparameters(
         >>> round(best.norm_weight, 6), round(best.rates.spectral_radius, 6)
         (1.9, 0.9)
     """
-    _require_positive(
+    require_positive(
         "suggest_hyperparameters",
         bandwidth=bandwidth,
         max_critic_lr=max_critic_lr,
@@ -222,6 +225,8 @@ def suggest_hyperparameters(
         num_generated=num_generated,
     )
     surplus = real_mass - num_generated * generated_mass
+    if abs(surplus) <= 1e-12 * real_mass:
+        surplus = 0.0  # such as 1 - 49 * (1 / 49)
     if num_generated > 1 and surplus <= 0:
         raise ValueError(
             f"no setting pulls {num_generated} points of mass {generated_mass} together at a "
@@ -241,8 +246,10 @@ def suggest_hyperparameters(
         )
         return Hyperparameters(damping / critic_lr, critic_lr, generator_lr, rates)
 
+    deadbeat_lr = bandwidth**2 / (max_critic_lr * generated_mass * real_mass)
+    if surplus > 0 and deadbeat_lr <= max_generator_lr:
+        return evaluate(surplus / real_mass, max_critic_lr, deadbeat_lr)
     if surplus == 0:
-        deadbeat_lr = bandwidth**2 / (max_critic_lr * generated_mass * real_mass)
         generator_lr = min(max_generator_lr, deadbeat_lr)
         q = min(generator_lr / deadbeat_lr, 1.0)
         return evaluate(2 * math.sqrt(q) - q, max_critic_lr, generator_lr)
@@ -360,7 +367,7 @@ def second_moment_dynamics(
         >>> round(float(last.covariance), 4)
         0.004
     """
-    _require_positive(
+    require_positive(
         "second_moment_dynamics",
         bandwidth=bandwidth,
         critic_lr=critic_lr,
@@ -402,10 +409,14 @@ def second_moment_dynamics(
 def max_stable_critic_lr(alpha: float, beta: float, largest_eigenvalue: float) -> float:
     r"""Return the critic learning rate at which gradient ascent on the critic becomes unstable.
 
-    .. math:: w \leftarrow w + \eta_d\,(\delta - \alpha JJ^T w - \beta w)
-        \quad\text{converges iff}\quad \eta_d < \frac{2}{\alpha\lambda_{\max}(JJ^T) + \beta}
+    .. math:: w \leftarrow w + \eta_d\,(\delta - \alpha JJ^T w - \beta w), \qquad
+        \eta_d < \frac{2}{\alpha\lambda_{\max}(JJ^T) + \beta}
 
-    for a generator that rests; half of the bound damps the stiffest direction in one step.
+    for a generator that rests. With alpha > 0 or beta > 0, J^T w, which the generator follows,
+    converges for every gap delta iff the rate is below the bound; so does w where beta > 0 or delta
+    is in the range of J. Elsewhere (beta = 0 and more features than parameters, say) w grows
+    linearly at every rate, along directions that the generator does not see; and with alpha = beta
+    = 0 nothing holds back either. Half of the bound damps the stiffest direction in one step.
 
     Args:
         alpha: Weight of the parametric-gradient penalty, >= 0.
@@ -413,7 +424,7 @@ def max_stable_critic_lr(alpha: float, beta: float, largest_eigenvalue: float) -
         largest_eigenvalue: Of the parametric Gramian J J^T, >= 0; `largest_gramian_eigenvalue`.
 
     Returns:
-        The bound, infinite where nothing limits the rate.
+        The bound; infinite where nothing is damped, so that no rate overshoots.
 
     Raises:
         ValueError: If an argument is negative.
@@ -476,9 +487,3 @@ def largest_gramian_eigenvalue(
         if not w.any():
             break
     return eigenvalue
-
-
-def _require_positive(name: str, **arguments: float) -> None:
-    for argument, value in arguments.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} needs a finite {argument} > 0, got {value}.")

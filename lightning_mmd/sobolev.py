@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mmd.kernels import Kernel
+from lightning_mmd.kernels import Energy, Kernel, Laplace, SumKernel
 from lightning_mmd.mmd import mmd2_biased
+from lightning_mmd.points import require_tensors
 from lightning_mmd.wide import widen
 
 __all__ = ["negative_sobolev_distance"]
@@ -38,15 +39,19 @@ def negative_sobolev_distance(
     Args:
         x: Target sample of shape (n, d).
         y: Model sample of shape (m, d), a few hundred points at most.
-        kernel: A kernel with two derivatives at distance 0.
+        kernel: A kernel with two derivatives at distance 0: not `Laplace`, `Energy`, or a sum with
+            one of them, whose derivatives d are not in the RKHS.
         regulariser: epsilon > 0. The estimate grows as it falls.
 
     Returns:
         S_epsilon, between 0 and MMD / sqrt(epsilon).
 
     Raises:
-        ValueError: If the regulariser is not positive, or the samples are not of shapes (n, d) and
-            (m, d).
+        TypeError: If the kernel is not smooth at distance 0, or a sample is no tensor.
+        ValueError: If the regulariser is not positive, a value is not finite, or the samples are
+            not of shapes (n, d) and (m, d), n and m >= 1; also where K is not positive or the
+            difference negative beyond rounding: the kernel is one of yours that is not smooth, or
+            the regulariser is too small.
 
     Source:
         Arbel et al. 2019, arXiv 1906.04370, section on the Lojasiewicz inequality; Mroueh et al.
@@ -62,9 +67,16 @@ def negative_sobolev_distance(
         raise ValueError(
             f"negative_sobolev_distance needs a finite regulariser > 0, got {regulariser}."
         )
-    if x.ndim != 2 or y.ndim != 2:
+    if _is_rough(kernel):
+        raise TypeError(
+            "negative_sobolev_distance needs a kernel with two derivatives at distance 0, got "
+            f"{kernel!r}. Use a Gaussian, RationalQuadratic, InverseMultiquadric, Polynomial or "
+            "Linear."
+        )
+    require_tensors("negative_sobolev_distance", x=x, y=y)
+    if x.ndim != 2 or y.ndim != 2 or min(len(x), len(y)) == 0:
         raise ValueError(
-            "negative_sobolev_distance expects samples of shapes (n, d) and (m, d), got "
+            "negative_sobolev_distance expects samples of shapes (n, d) and (m, d), n, m >= 1, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}. Flatten images first: x.flatten(1)."
         )
     x, y = widen(x.detach()), widen(y.detach())
@@ -78,6 +90,28 @@ def negative_sobolev_distance(
         for entry in slopes.flatten()
     ]
     ridge = len(y) * regulariser * torch.eye(len(slope), dtype=y.dtype, device=y.device)
-    explained = slope @ torch.linalg.solve(torch.stack(rows) + ridge, slope)
-    squared = (mmd2_biased(x, y, kernel) - explained) / regulariser
-    return math.sqrt(max(float(squared), 0.0))
+    mmd2 = mmd2_biased(x, y, kernel)
+    factor, failed = torch.linalg.cholesky_ex(torch.stack(rows) + ridge)
+    explained = slope @ torch.cholesky_solve(slope[:, None], factor)[:, 0]
+    difference = float(mmd2 - explained)
+    if not (mmd2.isfinite() and slope.isfinite().all()):
+        raise ValueError(
+            "negative_sobolev_distance needs finite kernel values and slopes, got NaN or infinity. "
+            "Remove such samples: x[x.isfinite().all(1)]."
+        )
+    rounding = 1e-8 * float(mmd2) + 1e-12 * float(kernel.diagonal(y).abs().max())
+    if failed or not difference >= -rounding:
+        raise ValueError(
+            f"negative_sobolev_distance finds slopes that {kernel!r} with two derivatives at "
+            f"distance 0 cannot have, with regulariser = {regulariser}. Use a smooth kernel, or a "
+            "larger regulariser."
+        )
+    return math.sqrt(max(difference, 0.0) / regulariser)
+
+
+def _is_rough(kernel: Kernel) -> bool:
+    """Return whether a kernel is known to lack the second derivative at distance 0."""
+    if isinstance(kernel, SumKernel):
+        pairs = zip(kernel.kernels, kernel.weights or (), strict=True)
+        return any(weight > 0 and _is_rough(part) for part, weight in pairs)
+    return isinstance(kernel, (Laplace, Energy))

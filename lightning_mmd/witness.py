@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.latents import Inputs
 from lightning_mmd.parameters import refuse_shared_parameters
+from lightning_mmd.points import require_tensors
 from lightning_mmd.wide import to_like, widen
 
 __all__ = [
@@ -187,6 +188,17 @@ class WitnessSolution:
         if self.alpha == 0:
             return self.descent_rate
         return self.descent_rate + self.gap @ self.error.to(self.gap.dtype) / self.alpha
+
+    @property
+    def efficiency(self) -> Tensor | None:
+        r"""How fast F falls, of what is possible: alpha <delta, D w> / ||delta||^2.
+
+        In [0, 1] for the exact witness, where it equals :math:`1 - \beta MMD^2_{\alpha,\beta} / F`
+        (a difference that cancels). On fixed features :math:`F(t) = F(0)
+        \exp(-\frac2\alpha\int\text{efficiency}\,dt)` along the flow, and it is 0 only where
+        D delta = 0. None at alpha = 0, where F has no natural time; NaN at delta = 0.
+        """
+        return self.alpha * self.descent_rate / self.mmd2 if self.alpha > 0 else None
 
     @property
     def speed2(self) -> Tensor:
@@ -356,7 +368,7 @@ class _Iterate:
     """Conjugate gradients that carry J^T w and its tangents along: a step gives them for nothing.
 
     They are preconditioned by a function close to r -> A^-1 r. Vectors of length r are accumulated
-    in float64 over products in the networks' precision.
+    in float64 (where the device has it) over products in the networks' precision.
     """
 
     def __init__(
@@ -481,6 +493,8 @@ def check_problem(
             "a witness needs tolerance > 0 and max_iterations >= 0, got "
             f"tolerance = {tolerance}, max_iterations = {max_iterations}."
         )
+    given = {"gap": gap, "initial": initial, "secants": secants}
+    require_tensors("a witness", **{k: v for k, v in given.items() if v is not None})
     num_features = len(embedding.mean)
     for name, vector in (("gap", gap), ("initial", initial)):
         if vector is not None and vector.shape != (num_features,):

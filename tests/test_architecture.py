@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
     "auto_alpha": 1,
+    "points": 0,
     "batches": 1,
     "critic_warnings": 1,
     "kernels": 1,
@@ -34,6 +35,8 @@ FLOORS = {
     "pushforward": 2,
     "critics": 3,
     "embedding": 3,
+    "flow_bounds": 3,
+    "kernel_gan": 3,
     "parted": 3,
     "penalties": 3,
     "sobolev": 3,
@@ -41,6 +44,7 @@ FLOORS = {
     "witness": 4,
     "closed_form": 5,
     "deep_kernel": 5,
+    "distance": 5,
     "flows": 5,
     "gradient_ascent": 5,
     "rates": 5,

@@ -123,3 +123,27 @@ def test_values_are_differentiable_in_the_points() -> None:
 def test_wrong_arguments_are_refused(x: torch.Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KernelWitness(x, torch.ones(4, 2), Gaussian(), **options)
+
+
+def test_half_precision_witness_is_computed_in_float32() -> None:
+    x = torch.full((400, 1), 200.0, dtype=torch.float16)
+    y = torch.full((300, 1), 199.0, dtype=torch.float16)
+    witness = KernelWitness(x, y, Gaussian(2.0))
+    exact = KernelWitness(x.double(), y.double(), Gaussian(2.0))
+    t = torch.tensor([[198.0], [200.0]], dtype=torch.float16)
+    assert witness(t).dtype == torch.float32
+    torch.testing.assert_close(witness(t).double(), exact(t.double()), rtol=1e-5, atol=1e-6)
+    gradient = witness.gradient(t)
+    assert gradient.dtype == torch.float16
+    torch.testing.assert_close(gradient.double(), exact.gradient(t.double()), rtol=1e-3, atol=1e-5)
+
+
+def test_witness_refuses_arrays() -> None:
+    x = torch.ones(3, 2)
+    with pytest.raises(TypeError, match=r"got ndarray\. Convert it: torch\.as_tensor\(y\)"):
+        KernelWitness(x, x.numpy(), Gaussian())
+    with pytest.raises(TypeError, match="x_weights, got ndarray"):
+        KernelWitness(x, x, Gaussian(), x_weights=torch.ones(3).numpy())
+    for evaluate in (KernelWitness(x, x, Gaussian()), KernelWitness(x, x, Gaussian()).gradient):
+        with pytest.raises(TypeError, match="points, got ndarray"):
+            evaluate(x.numpy())

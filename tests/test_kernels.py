@@ -1,10 +1,12 @@
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lightning_mmd.kernel_witness import KernelWitness
 from lightning_mmd.kernels import (
     Energy,
     Gaussian,
@@ -17,6 +19,7 @@ from lightning_mmd.kernels import (
     SumKernel,
     median_bandwidth,
 )
+from lightning_mmd.points import squared_distances
 
 
 def randn(*shape, seed, dtype=torch.float64):
@@ -287,3 +290,83 @@ def test_yaml_builds_kernels():
     )
     built = parser.instantiate(config).kernel
     assert built == SumKernel([RationalQuadratic(0.2, 3.0), SumKernel([Linear()])], [1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", STATIONARY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_and_slopes_are_finite_at_extreme_points(name, dtype):
+    kernel = STATIONARY[name]
+    largest = min(torch.finfo(dtype).max / 4, 1e150)
+    x = torch.tensor([[0.0], [1.0], [largest], [-largest]], dtype=dtype).requires_grad_()
+    gram = kernel(x, x.detach())
+    (slope,) = torch.autograd.grad(gram.sum(), x)
+    assert gram.dtype == torch.promote_types(dtype, torch.float32)
+    assert gram.isfinite().all()
+    assert slope.isfinite().all()
+    diagonal = kernel.diagonal(x.detach())
+    assert torch.equal(gram.detach().diagonal(), diagonal)
+    assert diagonal.dtype == gram.dtype
+    if dtype != torch.float16:  # there 16376 is not so far
+        assert (gram.detach()[2:, :2] < 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", [1e-300, 1e-170, 1e-30, 1e30, 1e170, 1e300])
+@pytest.mark.parametrize(
+    "kernel", [Gaussian, Laplace, InverseMultiquadric, lambda b: RationalQuadratic(0.5, b)]
+)
+def test_values_are_finite_at_extreme_bandwidths(kernel, bandwidth, dtype):
+    x = torch.tensor([[0.0], [1.0]], dtype=dtype).requires_grad_()
+    gram = kernel(bandwidth)(x, x.detach())
+    expected = torch.eye(2) if bandwidth < 1 else torch.ones(2, 2)
+    torch.testing.assert_close(gram.detach().double(), expected, rtol=0, atol=1e-15)
+    assert torch.autograd.grad(gram.sum(), x)[0].isfinite().all()
+
+
+def test_half_precision_sums_do_not_overflow():
+    """A column of products passed 65504 in float16."""
+    x = torch.full((400, 1), 200.0, dtype=torch.float16)
+    assert torch.equal(Gaussian()(x, x), torch.ones(400, 400, dtype=torch.float32))
+    assert torch.equal(Energy()(x, x), torch.full((400, 400), 200.0, dtype=torch.float32))
+    wide = torch.full((2, 4), 200.0, dtype=torch.float16)
+    assert torch.equal(Linear()(wide, wide), torch.full((2, 2), 160000.0, dtype=torch.float32))
+    assert torch.equal(Linear().diagonal(wide), torch.full((2,), 160000.0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+def test_float32_distances_keep_the_digits_of_the_points(offset):
+    """Two clusters at -offset and offset: those within one keep what x - y keeps."""
+    x = torch.cat([randn(20, 3, seed=31) - offset, randn(20, 3, seed=32) + offset]).float()
+    exact = (x.double()[:, None] - x.double()).square().sum(2)
+    resolution = 4 * torch.finfo(torch.float64).eps * 3 * offset**2
+    got = squared_distances(x, x).double()
+    torch.testing.assert_close(got, exact, rtol=2e-7, atol=resolution)
+    assert torch.equal(squared_distances(x, x).diagonal(), torch.zeros(40, dtype=torch.float32))
+
+
+def test_median_bandwidth_says_what_is_wrong():
+    with pytest.raises(ValueError, match="needs finite points"):
+        median_bandwidth(torch.full((3, 2), math.nan))
+    for kwargs in ({"x": numpy.ones((3, 2))}, {"x": torch.ones(3, 2), "y": numpy.ones((3, 2))}):
+        with pytest.raises(TypeError, match="got ndarray"):
+            median_bandwidth(**kwargs)
+    with pytest.raises(TypeError, match="A kernel expects a tensor y, got ndarray"):
+        Gaussian()(torch.ones(3, 2), numpy.ones((3, 2)))
+
+
+def test_the_origin_matters_to_energy_where_masses_differ():
+    """Moving everything changes the witness by (sum a - sum b) (||t + s|| - ||t||) / 2 + const."""
+    x, y, t = randn(3, 2, seed=33), randn(4, 2, seed=34), randn(2, 2, seed=35)
+    shift = torch.tensor([10.0, 0.0], dtype=torch.float64)
+
+    def witness(s, mass):
+        a = torch.full((3,), mass / 3, dtype=torch.float64)
+        values = KernelWitness(x + s, y + s, Energy(), x_weights=a)(t + s)
+        return values[0] - values[1]
+
+    assert witness(shift, 1.0) == pytest.approx(witness(0.0, 1.0).item(), abs=1e-12)
+    norms = (t + shift).norm(dim=1) - t.norm(dim=1)
+    expected = 0.2 * (norms[0] - norms[1]) / 2
+    moved = witness(shift, 1.2) - witness(0.0, 1.2)
+    assert moved.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert abs(expected) > 1e-3

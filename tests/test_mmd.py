@@ -19,6 +19,7 @@ from lightning_mmd.mmd import (
     mmd2_biased,
     mmd2_features,
     mmd2_unbiased,
+    mmd2_with_error,
     relative_similarity_test,
     two_sample_test,
 )
@@ -222,6 +223,7 @@ ESTIMATORS = {
     "mmd2_unbiased": lambda x, y: mmd2_unbiased(x, y, Gaussian()),
     "mmd2_biased": lambda x, y: mmd2_biased(x, y, Gaussian()),
     "mmd2_features": lambda x, y: mmd2_features(x, y, unbiased=True),
+    "mmd2_with_error": lambda x, y: mmd2_with_error(x, y, Gaussian()),
     "two_sample_test": lambda x, y: two_sample_test(x, y, Gaussian()),
     "relative_similarity_test": lambda x, y: relative_similarity_test(x, x, y, Gaussian()),
 }
@@ -261,8 +263,6 @@ def test_rejects_wrong_options():
         mmd2_unbiased(x, x, Gaussian(), block_size=0)
     with pytest.raises(ValueError, match="num_permutations >= 1, got 0"):
         two_sample_test(x, x, Gaussian(), num_permutations=0)
-    with pytest.raises(ValueError, match="varies on the samples"):
-        relative_similarity_test(x, x, x, Gaussian())
 
 
 def test_permuted_statistics_are_those_of_permuted_samples():
@@ -363,3 +363,121 @@ def test_relative_similarity_difference_and_direction():
         assert swapped.difference == pytest.approx(-result.difference, rel=1e-12)
         assert swapped.p_value == pytest.approx(1 - result.p_value, abs=1e-12)
         assert result.p_value < 0.01
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_tests_refuse_what_is_not_finite(bad):
+    """NaN compares as false: it read as the smallest p-value there is."""
+    x, y = randn(20, 2, seed=28), randn(20, 2, seed=29)
+    y[3, 1] = bad
+    for samples in ((x, y), (y, x)):
+        with pytest.raises(ValueError, match="two_sample_test needs finite kernel values"):
+            two_sample_test(*samples, Gaussian())
+    for samples in ((x, x, y), (x, y, x), (y, x, x)):
+        with pytest.raises(ValueError, match="relative_similarity_test needs finite"):
+            relative_similarity_test(*samples, Gaussian())
+    kept = y[y.flatten(1).isfinite().all(1)]  # the cure that the message gives
+    assert 0 < two_sample_test(x, kept, Gaussian(), num_permutations=20).p_value <= 1
+    assert math.isnan(mmd2_unbiased(x, y, Gaussian())) or bad == math.inf
+
+
+def test_tests_of_images_are_those_of_flat_images():
+    x, y, z = randn(3, 12, 1, 3, 2, seed=30)
+    flat = (points.flatten(1) for points in (x, y, z))
+    assert relative_similarity_test(x, y, z, Gaussian()) == relative_similarity_test(
+        *flat, Gaussian()
+    )
+    shuffle = [torch.Generator().manual_seed(0) for _ in range(2)]
+    assert two_sample_test(x, y, Gaussian(), generator=shuffle[0]) == two_sample_test(
+        x.flatten(1), y.flatten(1), Gaussian(), generator=shuffle[1]
+    )
+    with pytest.raises(ValueError, match=r"got \(12, 1, 3, 2\) and \(12, 6\)"):
+        relative_similarity_test(x, y, z.flatten(1), Gaussian())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(40, 40), (40, 30)])
+def test_one_collapsed_generator_then_and_now_is_no_evidence(sizes, dtype):
+    """D = 0 with standard error 0: p = 1/2, as for D = 0 with any other."""
+    x = randn(50, 2, seed=31).to(dtype)
+    y, z = (torch.full((size, 2), 0.7, dtype=dtype) for size in sizes)
+    result = relative_similarity_test(x, y, z, Gaussian())
+    assert abs(result.difference) < 1e-15
+    assert result.p_value == 0.5
+    apart = relative_similarity_test(x, y, z + 0.1, Gaussian())  # collapsed, but elsewhere
+    assert apart.std_error > 0
+    blind = relative_similarity_test(x, x[:20] + 0.01, x[20:40] + 0.01, Gaussian(1e-6))
+    assert blind.p_value == 0.5
+
+
+@pytest.mark.parametrize(("shift", "p_value"), [(2.0, 0.0), (0.5, 1.0)])
+def test_three_points_that_repeat_are_told_apart_with_certainty(shift, p_value):
+    x, y, z = (torch.full((5, 1), at) for at in (0.0, shift, 1.0))
+    result = relative_similarity_test(x, y, z, Gaussian())
+    assert (result.std_error, result.p_value) == (pytest.approx(0.0, abs=1e-12), p_value)
+
+
+def modes(num, distance, width, shift, generator):
+    """Two modes of the given width at -distance and +distance, in float32."""
+    side = torch.randint(0, 2, (num,), generator=generator) * 2.0 - 1.0
+    noise = torch.randn(num, 2, generator=generator, dtype=torch.float64) * width
+    centres = torch.stack([side * distance, torch.full_like(side, shift)], 1)
+    return (centres + noise).float()
+
+
+@pytest.mark.parametrize(("distance", "width"), [(50, 0.05), (100, 0.05), (1000, 1.0)])
+def test_modes_thousands_of_bandwidths_apart_in_float32(distance, width):
+    """Float32 distances around a common centre were off by 3 to 90 % here."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (modes(200, distance, width, shift, generator) for shift in (0.0, width))
+    expected = mmd2_unbiased(x.double(), y.double(), Gaussian(width)).item()
+    assert mmd2_unbiased(x, y, Gaussian(width)).item() == pytest.approx(expected, rel=1e-4)
+    kernel = SumKernel([Laplace(width), RationalQuadratic(1.0, width)])
+    expected = mmd2_biased(x.double(), y.double(), kernel).item()
+    assert mmd2_biased(x, y, kernel).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_sign_of_the_unbiased_estimate_where_the_laws_agree():
+    """P(chi^2_1 < 1) = 0.683 for one direction: with a linear kernel U = s^2 (chi^2_1 - 1)."""
+    x, y = randn(4000, 50, 1, seed=32), randn(4000, 50, 1, seed=33)
+    gap2 = (x.mean(1) - y.mean(1)).square().sum(1)
+    negative = (gap2 < (x.var(1) + y.var(1))[:, 0] / 50).double().mean().item()
+    one = mmd2_unbiased(x[0], y[0], Linear())
+    assert one.item() == pytest.approx(
+        (gap2[0] - (x[0].var(0) + y[0].var(0))[0] / 50).item(), abs=1e-12
+    )
+    assert negative == pytest.approx(math.erf(0.5**0.5), abs=4 * math.sqrt(0.22 / 4000))
+
+
+def test_biased_estimate_is_zero_where_mean_embeddings_agree():
+    x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0]])
+    assert mmd2_biased(x, y, Linear()) == 0.0
+    assert mmd2_biased(x, y, Gaussian()) > 0.1
+    assert mmd2_biased(x, x.repeat(3, 1), Gaussian()) == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_arrays_are_refused_with_a_cure(name):
+    x = torch.ones(3, 2)
+    with pytest.raises(TypeError, match=r"got ndarray\. Convert it: torch\.as_tensor\("):
+        ESTIMATORS[name](x.numpy(), x)
+
+
+@pytest.mark.parametrize(("shift", "sizes"), [(1.0, (30, 20)), (0.4, (15, 40)), (0.0, (20, 20))])
+def test_standard_error_of_mmd2(shift, sizes):
+    """The estimated variance is that over repeated draws; larger where the laws agree."""
+    generator, num, kernel = torch.Generator().manual_seed(4), 1500, Gaussian(1.0)
+    results = []
+    for _ in range(num):
+        x, y = (randn_like(generator, size, 2) for size in sizes)
+        results.append(mmd2_with_error(x, y + shift, kernel))
+    values = torch.tensor([r.value for r in results], dtype=torch.float64)
+    errors = torch.tensor([r.std_error for r in results], dtype=torch.float64)
+    spread, estimated = values.std().item(), errors.square().mean().sqrt().item()
+    exact = gaussian_mmd2(2 * shift**2, 1, 1, 2, 1.0)
+    assert abs(values.mean().item() - exact) < 5 * spread / math.sqrt(num)
+    if shift == 0.0:
+        assert spread < estimated < 1.3 * spread
+    else:
+        assert estimated == pytest.approx(spread, rel=0.08)
+    assert results[-1].value == pytest.approx(mmd2_unbiased(x, y + shift, kernel).item(), rel=1e-9)

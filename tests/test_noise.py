@@ -137,3 +137,28 @@ def test_adaptive_noise_obeys_its_inequality_and_halves_no_descent() -> None:
     dissipation = float(witness.gradient(y + moved.noise * u).square().sum(1).mean())
     rate = 0.5 * (moved.mmd2 - start.mmd2) / step_size
     assert -2 * dissipation < rate <= -0.5 * dissipation
+
+
+@pytest.mark.parametrize("num", [1, 3, 2000])
+def test_cap_on_the_adaptive_level_is_that_of_the_draw(num: int) -> None:
+    """kappa / (2 lambda) over the root mean square of u: bandwidth / sqrt(12 d) for many only."""
+    x, y, kernel = torch.zeros(5, 2), torch.ones(num, 2), Gaussian(1.0)
+    highest = 0.0
+    for seed in range(40 if num < 10 else 2):
+        flow = point_flow(
+            y,
+            x,
+            kernel,
+            step_size=0.01,
+            num_steps=1,
+            noise=AdaptiveNoise(10.0),
+            rng=torch.Generator().manual_seed(seed),
+        )
+        *_, state = flow
+        u = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+        cap = 1 / (2 * math.sqrt(3) * float(u.square().sum(1).mean().sqrt()))
+        assert state.noise <= cap
+        highest = max(highest, state.noise)
+    claimed = 1 / math.sqrt(12 * 2)
+    assert highest <= 1.1 * claimed or num < 10
+    assert highest > claimed or num > 1

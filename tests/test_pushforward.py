@@ -30,14 +30,21 @@ from reference import (
 )
 from torch import nn
 
+from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.features import RandomFourierFeatures
+from lightning_mmd.kernels import Gaussian
 from lightning_mmd.parameters import trainable_parameters
 from lightning_mmd.passes import unfused_attention
+from lightning_mmd.penalties import input_gradient_penalty, parametric_gradient_penalty
 from lightning_mmd.pushforward import (
     DerivativeFallbackWarning,
     Pushforward,
+    _failed_routes,
+    evaluate_critic,
     parametric_gradient,
     parametric_tangent,
 )
+from lightning_mmd.witness import solve_witness
 
 
 def announcement(note):
@@ -423,3 +430,37 @@ def test_vectors_that_are_refused(shape):
 def test_unknown_parameters_are_refused():
     with pytest.raises(ValueError, match=r"no parameters \['weight'\]. Take the names"):
         Pushforward(mlp_generator(), torch.randn(5, 3), {"weight": torch.ones(2)})
+
+
+def test_empty_batches_are_refused_and_forgotten():
+    """One was NaN, one 0, one gap / beta; and the generator gave forward mode up for good."""
+    generator = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    critic = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+    none, some = torch.randn(0, 2), torch.randn(5, 2)
+    cases = [
+        lambda z: parametric_gradient(critic, generator, z),
+        lambda z: parametric_tangent(generator, z, torch.ones(9)),
+        lambda z: parametric_gradient_penalty(critic, generator, z),
+        lambda z: solve_witness(nn.Linear(3, 5), generator, z, torch.ones(5), beta=0.5),
+        lambda z: MeanEmbedding(nn.Linear(2, 5), z),
+        lambda z: input_gradient_penalty(critic, generator(z).detach()),
+        lambda z: evaluate_critic(critic, generator(z)),
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=r"empty batch.*\(drop_last=True\)"):
+            case(none)
+        case(some)
+    assert not _failed_routes.get(generator)
+
+
+def test_arrays_are_refused_with_a_cure():
+    generator, critic = nn.Linear(2, 3), nn.Linear(3, 1)
+    for case in (
+        lambda z: parametric_gradient(critic, generator, z),
+        lambda z: parametric_tangent(generator, z, torch.ones(9)),
+        lambda z: evaluate_critic(critic, z),
+        lambda z: MeanEmbedding(nn.Linear(2, 5), z),
+        lambda z: RandomFourierFeatures(Gaussian(), in_features=2, num_features=4)(z),
+    ):
+        with pytest.raises(TypeError, match=r"got ndarray\. Convert it: torch\.as_tensor\("):
+            case(torch.ones(5, 2).numpy())

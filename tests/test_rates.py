@@ -10,7 +10,7 @@ from reference import embedding_jacobian
 from torch import Tensor, nn
 
 from lightning_mmd.embedding import MeanEmbedding
-from lightning_mmd.flows import kernel_gan_flow
+from lightning_mmd.kernel_gan import kernel_gan_flow
 from lightning_mmd.kernels import Gaussian, InverseMultiquadric, Kernel, RationalQuadratic
 from lightning_mmd.rates import (
     convergence_rates,
@@ -277,6 +277,48 @@ def test_equal_damping_is_the_published_choice_of_norm_weight() -> None:
     assert rates.spectral_radius == pytest.approx(1 - critic_lr * norm_weight, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("bandwidth", "real_mass", "generated_mass", "num"),
+    [(0.2, 0.5, 0.1, 3), (0.3, 1.0, 0.2, 4), (0.5, 1.0, 0.7, 1), (0.1, 2.0, 0.6, 3)],
+)
+def test_points_with_a_surplus_are_deadbeat_where_the_bounds_allow(
+    bandwidth: float, real_mass: float, generated_mass: float, num: int
+) -> None:
+    """The grid ended at radii of 0.015 to 0.099; q = 1 and eta_d lambda = surplus / p bring 0."""
+    best = suggest_hyperparameters(
+        bandwidth,
+        max_critic_lr=1.0,
+        max_generator_lr=1.0,
+        real_mass=real_mass,
+        generated_mass=generated_mass,
+        num_generated=num,
+    )
+    assert best.rates.spectral_radius < 1e-7  # a double eigenvalue: the root of rounding
+    assert best.rates.stable
+    assert best.critic_lr <= 1.0
+    assert best.generator_lr <= 1.0
+    setting = (bandwidth, best.norm_weight, best.critic_lr, best.generator_lr)
+    path = offsets(
+        (*setting, real_mass, generated_mass, num),
+        [1e-4 * (1 + i) for i in range(num)],
+        200,
+        Gaussian(bandwidth),
+    )
+    assert float(path[-1].abs().max()) < 1e-12  # and in the game itself
+
+
+def test_a_surplus_of_rounding_is_none() -> None:
+    with pytest.raises(ValueError, match="no setting pulls 49 points"):
+        suggest_hyperparameters(
+            1.0, max_critic_lr=0.1, max_generator_lr=0.1, num_generated=49, generated_mass=1 / 49
+        )
+    exact, rounded = (
+        suggest_hyperparameters(1.0, max_critic_lr=0.1, max_generator_lr=0.1, generated_mass=mass)
+        for mass in (1.0, 1.0 - 2e-16)
+    )
+    assert exact.norm_weight == pytest.approx(rounded.norm_weight, rel=1e-12)
+
+
 def test_suggestion_refuses_what_cannot_be_stable() -> None:
     with pytest.raises(ValueError, match="Lower generated_mass"):
         suggest_hyperparameters(
@@ -380,6 +422,34 @@ def test_critic_ascent_is_stable_exactly_below_the_bound(factor: float, converge
         w = w + critic_lr * (gap - matrix @ w)
     error = float((w - torch.linalg.solve(matrix, gap)).norm())
     assert (error < 1e-5) if converges else (error > 1e5)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.98, 1.02])
+def test_critic_ascent_without_norm_weight_converges_where_the_generator_looks(
+    share: float,
+) -> None:
+    """beta = 0, more features than parameters: w grows linearly at every rate, J^T w converges."""
+    jacobian, gap, alpha = torch.randn(10, 4), torch.randn(10), 2.0
+    eigenvalue = float(torch.linalg.eigvalsh(jacobian @ jacobian.T)[-1])
+    critic_lr = share * max_stable_critic_lr(alpha, 0.0, eigenvalue)
+    w, steps = torch.zeros(10), []
+    for step in range(4001):
+        if step in (2000, 4000):
+            steps.append(w)
+        w = w + critic_lr * (gap - alpha * jacobian @ (jacobian.T @ w))
+    limit = torch.linalg.pinv(jacobian) @ gap / alpha
+    converges = float((jacobian.T @ steps[1] - limit).norm()) < 1e-6
+    assert converges == (share < 1)
+    if share < 1:
+        unseen = gap - jacobian @ torch.linalg.pinv(jacobian) @ gap
+        torch.testing.assert_close(
+            steps[1] - steps[0], 2000 * critic_lr * unseen, rtol=1e-6, atol=1e-6
+        )
+        inside, u = jacobian @ torch.randn(4), torch.zeros(10)
+        for _ in range(4000):
+            u = u + critic_lr * (inside - alpha * jacobian @ (jacobian.T @ u))
+        gramian = torch.linalg.pinv(alpha * jacobian @ jacobian.T)
+        torch.testing.assert_close(u, gramian @ inside, rtol=1e-6, atol=1e-6)  # w too
 
 
 def test_nothing_limits_a_critic_without_curvature() -> None:

@@ -13,6 +13,7 @@ from lightning_mmd import (
     Gaussian,
     GradientAscent,
     LearnedKernelCritic,
+    Polynomial,
     RelativeTestLR,
     relative_similarity_test,
 )
@@ -201,6 +202,88 @@ class Stream(IterableDataset):
 def test_unusable_data_is_named(loader, error, message):
     with pytest.raises(error, match=message):
         trainer(1, schedule()).fit(Scripted(lambda t: 0), loader)
+
+
+def images(num=64):
+    return DataLoader(torch.rand(num, 1, 4, 4) * 2 - 1, batch_size=8)
+
+
+class Pictures(Scripted):
+    """Samples images (n, 1, 4, 4) from 16 latents by a function of update and latents."""
+
+    def __init__(self, picture):
+        super().__init__(None)
+        self.picture = picture
+
+    def fixed_latents(self, num, seed):
+        return torch.rand(num, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    def sample(self, num, latents=None):
+        flat = self.picture(self.global_step, latents)
+        self.drawn[self.global_step] = flat.double()
+        return flat.reshape(num, 1, 4, 4)
+
+
+def test_images_are_compared_as_vectors():
+    module, callback = Pictures(lambda t, z: z + 0.3), schedule(num_samples=40)
+    trainer(8, callback).fit(module, images())
+    (entry, *_) = callback.history
+    assert entry["step"] == 4
+    real = callback._real.flatten(1)
+    assert real.shape == (40, 16)
+    expected = relative_similarity_test(real, module.drawn[0], module.drawn[4], KERNEL)
+    assert entry["p_value"] == pytest.approx(expected.p_value, rel=1e-9)
+    assert entry["difference"] == pytest.approx(expected.difference, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("picture", "p_value"),
+    [
+        (lambda t, z: torch.full_like(z, 0.9), 0.5),  # collapsed, saturated
+        (lambda t, z: z * torch.nan, float("nan")),  # diverged
+        (lambda t, z: z * 1e30, None),  # flown away: no two points are near
+    ],
+)
+def test_broken_generators_do_not_improve_and_training_goes_on(picture, p_value):
+    module, callback = Pictures(picture), schedule(num_samples=40)
+    running = trainer(8, callback)
+    running.fit(module, images())
+    assert running.global_step == 8
+    assert [entry["step"] for entry in callback.history] == [4, 6, 8]
+    if p_value is not None:
+        assert [e["p_value"] for e in callback.history] == pytest.approx([p_value] * 3, nan_ok=True)
+    assert callback.history[-1]["lr"] == pytest.approx(0.4)  # three tests without improvement
+
+
+def test_kernel_values_that_are_not_finite_do_not_end_training():
+    module = Pictures(lambda t, z: (z * 1e30).float())
+    callback = RelativeTestLR(Polynomial(), every_n_steps=2, lookback=1, num_samples=20)
+    trainer(4, callback).fit(module, images())
+    assert [entry["p_value"] for entry in callback.history] == pytest.approx(
+        [float("nan")] * 2, nan_ok=True
+    )
+
+
+def test_half_precision_samples_are_compared_in_float32():
+    module = Pictures(lambda t, z: (z + 0.3).to(torch.bfloat16))
+    callback = schedule(num_samples=40)
+    trainer(4, callback).fit(module, images())
+    real = callback._real.float()
+    then, now = (module.drawn[t].float().reshape(40, 1, 4, 4) for t in (0, 4))
+    expected = relative_similarity_test(real, then, now, KERNEL)
+    assert callback.history[0]["p_value"] == pytest.approx(expected.p_value, rel=1e-4)
+
+
+def test_a_blind_kernel_and_other_shapes_are_refused_before_the_first_update():
+    for callback, message in (
+        (RelativeTestLR(Gaussian(1e-4), num_samples=20), "a kernel that varies on the images"),
+        (RelativeTestLR(KERNEL, num_samples=20, every_n_steps=1), r"\(2,\), got \(1, 4, 4\)"),
+    ):
+        module = Pictures(lambda t, z: z)
+        loader = images() if "varies" in message else data()
+        with pytest.raises(ValueError, match=message):
+            trainer(4, callback).fit(module, loader)
+        assert module.global_step == 0
 
 
 def test_bad_numbers_are_named():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.features import RandomFourierFeatures
-from lightning_mmd.kernels import Gaussian, Kernel, Linear, Polynomial
+from lightning_mmd.kernels import Energy, Gaussian, Kernel, Laplace, Linear, Polynomial, SumKernel
 from lightning_mmd.mmd import mmd2_biased
 from lightning_mmd.sobolev import negative_sobolev_distance
 
@@ -82,3 +82,40 @@ def test_sobolev_distance_refuses_wrong_arguments() -> None:
         negative_sobolev_distance(x, x, Gaussian(), regulariser=0.0)
     with pytest.raises(ValueError, match="flatten"):
         negative_sobolev_distance(torch.ones(2, 2, 2), x, Gaussian())
+
+
+class Rough(Kernel):
+    """The Laplace kernel, by somebody who did not say that it has no second derivative."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return Laplace(1.0)(x, y)
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        return Laplace(1.0).diagonal(x)
+
+
+def test_sobolev_distance_refuses_rough_kernels() -> None:
+    """It was 0, which reads as "the plain flow can converge"."""
+    x = torch.randn(20, 2)
+    for kernel in (Laplace(1.0), Energy(), SumKernel([Gaussian(), SumKernel([Laplace()])])):
+        with pytest.raises(TypeError, match="two derivatives at distance 0"):
+            negative_sobolev_distance(x, x + 0.5, kernel)
+    with pytest.raises(ValueError, match="Use a smooth kernel"):
+        negative_sobolev_distance(x, x + 0.5, Rough())
+    smooth = SumKernel([Gaussian(), Laplace()], weights=[1.0, 0.0])
+    expected = negative_sobolev_distance(x, x + 0.5, Gaussian())
+    assert negative_sobolev_distance(x, x + 0.5, smooth) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sobolev_distance_refuses_samples_without_a_distance() -> None:
+    x = torch.randn(5, 2)
+    bad = x.clone()
+    bad[0, 0] = math.nan
+    for samples in ((x, bad), (bad, x)):
+        with pytest.raises(ValueError, match="finite kernel values"):
+            negative_sobolev_distance(*samples, Gaussian())
+    for samples in ((x, x[:0]), (x[:0], x)):
+        with pytest.raises(ValueError, match="n, m >= 1"):
+            negative_sobolev_distance(*samples, Gaussian())
+    with pytest.raises(TypeError, match="got ndarray"):
+        negative_sobolev_distance(x, x.numpy(), Gaussian())

@@ -46,10 +46,11 @@ class ConvergenceMonitor(GeneratorCadence):
     Every ``every_n_steps`` generator updates it compares samples with training images and the
     critic with itself one step ago: MMD^2, whether this update lowered it on the same latents (the
     sampled stand-in of the descent certificate), the diversity of samples, the norm of L f, how
-    much one step changes the critic, and a random projection of the generator's parameters. `judge`
-    makes one verdict of the traces: converging, converged, cycling, collapsed, critic too weak,
-    critic too strong, or undecided, with the advice that the papers give. A verdict that changes is
-    told, and the last one at the end of training, also where it diverged.
+    much one step changes the critic, a random projection of the generator's parameters and, where
+    the rule is `ClosedForm`, the efficiency of the flow. `judge` makes one verdict of the traces:
+    converging, converged, cycling, collapsed, critic too weak, critic too strong, rising, stalled,
+    or undecided, with the advice that the papers give. A verdict that changes is told, and the last
+    one at the end of training, also where it diverged.
 
     Logged on the axis of generator updates, as ``convergence/...``: the traces, and the verdict by
     its number in `VERDICTS`. A resumed run goes on exactly. With several processes the first one
@@ -64,8 +65,12 @@ class ConvergenceMonitor(GeneratorCadence):
             labels where ``fixed_latents`` returns some, to values (n,) or (n, 1); None to leave the
             critic alone.
         generator: Attribute that holds the generator.
-        act: Whether to leave a collapse: all learning rates are halved when it is found, and again
-            every 20 observations for which it lasts.
+        act: Whether to halve all learning rates when a collapse is found, and again every 20
+            observations for which it lasts. It helps where the step was too long. Under a kernel
+            that is narrow beside the distance of the modes a collapse is a limit of the dynamics:
+            the same at every step size (`step_halving` says "converged" there), so no rate leaves
+            it; a wider kernel or noise does. No experiment of ours shows a network's collapse left
+            by the rate alone.
         seed: Of images, latents and projection.
         critic_values: Callable from what the critic returns (a list, a tuple of features) to values
             (n,) or (n, 1); default: maps (n, 1, h, w) are averaged over their places.
@@ -212,6 +217,7 @@ class ConvergenceMonitor(GeneratorCadence):
                 sizes = float(after.std() + before.values.std())
                 change = float((after - before.values).std()) / max(sizes, 1e-30)
         gradient = trainer.callback_metrics.get("generator/gradient_norm")
+        efficiency = trainer.callback_metrics.get("certificate/efficiency")
         parameters = self._network.parameters()
         theta = torch.cat([widen(p.detach().flatten()).cpu() for p in parameters])
         entry = {
@@ -221,6 +227,7 @@ class ConvergenceMonitor(GeneratorCadence):
             "critic_scale": math.nan if look.values is None else float(look.values.std()),
             "critic_change": change,
             "gradient_norm": math.nan if gradient is None else float(gradient),
+            "efficiency": math.nan if efficiency is None else float(efficiency),
             "projection": math.nan if self._direction is None else float(theta @ self._direction),
         }
         self.traces.steps.append(self.updates)

@@ -19,8 +19,8 @@ from lightning_mmd.callbacks.observing import observing
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import relative_similarity_test
 from lightning_mmd.passes import copy_network, embed
+from lightning_mmd.points import gram_dtype
 from lightning_mmd.processes import together
-from lightning_mmd.wide import at_least_float32
 
 __all__ = ["RelativeTestLR"]
 
@@ -32,7 +32,9 @@ class RelativeTestLR(GeneratorCadence):
     evaluations ago are compared with real images by `relative_similarity_test`. Where its p-value
     (small when the newer samples are closer) is above ``threshold`` ``patience`` times in a row,
     all learning rates are multiplied by ``factor``, but not below ``min_lr``, and counting starts
-    anew. It composes with learning-rate schedulers. Logged on the axis of generator updates:
+    anew. Samples that are all one point, then and now, show no improvement (p = 1/2), nor do those
+    that are not finite or whose kernel values are not (p-value NaN). It composes with learning-rate
+    schedulers. Logged on the axis of generator updates:
     ``relative_test/p_value`` and ``relative_test/lr``, the first rate.
 
     The rate never falls before lookback + patience evaluations. The samples (embedded, if there are
@@ -63,7 +65,7 @@ class RelativeTestLR(GeneratorCadence):
 
     Raises:
         ValueError: If a number is out of range; at the start of training, if there are too few
-            images.
+            images, the kernel does not tell them apart, or samples are of another shape.
         TypeError: If the training data cannot be read by index.
 
     Source:
@@ -144,7 +146,19 @@ class RelativeTestLR(GeneratorCadence):
                     )
                     batches = images.to(pl_module.device).split(self.sample_batch_size)
                     self._real = torch.cat([self._embed(batch) for batch in batches])
+                self._refuse_blind_kernel(self._real)
         super().on_train_start(trainer, pl_module)
+
+    def _refuse_blind_kernel(self, real: Tensor) -> None:
+        points = real.flatten(1)
+        gram = self.kernel(points, points)
+        others = gram[~torch.eye(len(gram), dtype=torch.bool, device=gram.device)]
+        if others.max() == others.min():
+            raise ValueError(
+                f"RelativeTestLR needs a kernel that varies on the images, got {self.kernel!r}, "
+                f"which is {float(others[0]):.3g} between any two. Choose another bandwidth, such "
+                "as median_bandwidth(images)."
+            )
 
     def observe(self, trainer: Trainer, model: Sampling) -> None:
         with together(trainer):
@@ -168,28 +182,38 @@ class RelativeTestLR(GeneratorCadence):
         seed = random.Random(f"relative test {self.seed} {self.updates}").getrandbits(32)
         latents = model.fixed_latents(self.num_samples, seed)
         now = torch.cat([self._embed(x) for x in model.in_parts(latents, self.sample_batch_size)])
+        if self._real is not None and now.shape[1:] != self._real.shape[1:]:
+            raise ValueError(
+                f"RelativeTestLR compares samples with images of shape "
+                f"{tuple(self._real.shape[1:])}, got {tuple(now.shape[1:])}. Give the generator "
+                "that shape, or resize the data."
+            )
         self._past.append(now)
         if len(self._past) <= self.lookback or self._real is None:
             return False
         then = self._past.pop(0).to(now)
-        result = relative_similarity_test(self._real, then, now, self.kernel)
-        self.history.append(
-            {
-                "step": self.updates,
-                "p_value": result.p_value,
-                "difference": result.difference,
-            }
-        )
-        self._failures = self._failures + 1 if result.p_value > self.threshold else 0
+        p_value = difference = math.nan
+        if self._is_finite(then) and self._is_finite(now):
+            real = self._real.to(torch.promote_types(self._real.dtype, now.dtype))
+            result = relative_similarity_test(
+                real, then.to(real.dtype), now.to(real.dtype), self.kernel
+            )
+            p_value, difference = result.p_value, result.difference
+        self.history.append({"step": self.updates, "p_value": p_value, "difference": difference})
+        self._failures = 0 if p_value <= self.threshold else self._failures + 1
         if self._failures < self.patience:
             return False
         self._failures = 0
         return True
 
+    def _is_finite(self, samples: Tensor) -> bool:
+        values = self.kernel.diagonal(samples.flatten(1))  # k(x, y)^2 <= k(x, x) k(y, y)
+        return bool(samples.isfinite().all() and values.isfinite().all())
+
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        images = images if self.features is None else embed(self.features, images)
-        return at_least_float32(images)
+        vectors = images if self.features is None else embed(self.features, images)
+        return vectors.to(gram_dtype(vectors))
 
     def state_dict(self) -> dict[str, Any]:
         history = [dict(entry) for entry in self.history]
