@@ -15,7 +15,12 @@ from typing import Any
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -44,7 +49,9 @@ from lightning_mmd.internals import (
     short_help,
     switch_offline,
 )
+from lightning_mmd.masking import mask, masked
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.safety import Configuration
 
 __all__ = ["MMDCLI", "doctor", "halving", "main"]
 
@@ -81,6 +88,19 @@ def _rules_afresh(arguments: list[str]) -> list[str]:
     return afresh
 
 
+class _Parts:
+    """What a configuration has beside model and trainer."""
+
+    def __init__(self, data: LightningDataModule) -> None: ...
+
+
+class SaveMaskedConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, without what looks like a secret."""
+
+    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, masked(config), *args, **kwargs)
+
+
 class MMDCLI(LightningCLI):
     """LightningCLI for ``MMDGAN``: rules, data modules, loggers and callbacks by name.
 
@@ -110,6 +130,13 @@ class MMDCLI(LightningCLI):
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if path is not None and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint(path)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what a configuration must not build, before anything is called."""
+        policy = Configuration()
+        for name, kind in (("model", MMDGAN), ("trainer", Trainer)):
+            policy.check(self._get(self.config, name), kind)
+        policy.check({"data": self._get(self.config, "data")}, _Parts)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Leave the progress bar out where none is wanted: Lightning refuses both together."""
@@ -179,6 +206,7 @@ class DoctorCLI(BuiltCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leave data, logger and callbacks out."""
+        super().before_instantiate_classes()
         self.config.data = None
         for name in vars(self.config.trainer):
             self.config.trainer[name] = None
@@ -318,9 +346,10 @@ def run(args: ArgsType = None) -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    if "" not in sys.path:  # so that a user's own networks are found beside the configuration
-        sys.path.insert(0, "")
     arguments = sys.argv[1:] if args is None else args
+    sampling = isinstance(arguments, list) and arguments[:1] == ["sample"]
+    if "" not in sys.path and not sampling:
+        sys.path.append("")  # a user's own networks are found beside a configuration
     if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
         return
@@ -329,6 +358,7 @@ def run(args: ArgsType = None) -> None:
         LightningDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=SaveMaskedConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "lightning-mmd",
@@ -353,7 +383,7 @@ def main(args: ArgsType = None) -> None:
     except (ArgumentError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if os.environ.get("LIGHTNING_MMD_TRACEBACK"):
             raise
-        print(f"lightning-mmd: {_explain(error)}", file=sys.stderr)
+        print(f"lightning-mmd: {mask(_explain(error))}", file=sys.stderr)
         sys.exit(2)
 
 

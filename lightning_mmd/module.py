@@ -3,8 +3,9 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,22 +17,26 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mmd.batches import BatchParts
+from lightning_mmd.checkpoints import read_checkpoint, use_whole_checkpoints
 from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.game import DivergedError, Game, GradientHook, Player, UpdateRule
 from lightning_mmd.internals import (
     attached_trainer,
     built_by_command_line,
+    change_logged_hyperparameters,
     keep_hyperparameters,
     uncompile,
     uncounted,
 )
 from lightning_mmd.latents import Inputs, Latents, as_inputs
+from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 from lightning_mmd.passes import counter_seed, evaluating, full_precision, seeded
 from lightning_mmd.penalties import warn_of_kinks
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
+from lightning_mmd.safety import opened
 
 __all__ = ["MMDGAN"]
 
@@ -240,7 +245,7 @@ class MMDGAN(LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard, leave the step uncompiled, forget an old average.
+        """Refuse strategies that shard, leave the step uncompiled, write checkpoints whole.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -256,6 +261,8 @@ class MMDGAN(LightningModule):
             )
         if stage == "fit":
             self.sample_with(None)
+        use_whole_checkpoints(self.trainer)
+        change_logged_hyperparameters(self, masked)
         if uncompile(self):
             rank_zero_warn(
                 "torch.compile(model) is undone: a training step here takes second derivatives, "
@@ -466,6 +473,48 @@ class MMDGAN(LightningModule):
         return optimizers, schedulers
 
     # State
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> "MMDGAN":
+        """Build a model from a checkpoint, which may run no code of a stranger.
+
+        The file is read as plain data. What it names is checked before anything is built: classes
+        of torch.nn, torch.optim, torchvision.models and this package, and of modules that the
+        running program has imported.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device to load to; default: where it was saved.
+            hparams_file: Must be None: give arguments by their names instead.
+            strict: Whether all weights must fit.
+            weights_only: False reads the file as a pickle, which may run any code; default: True.
+            trust: Names of further modules whose classes and functions the checkpoint may name.
+            kwargs: Arguments of the class, in place of the checkpoint's.
+
+        Returns:
+            The model, with averaged weights where the checkpoint has them.
+
+        Raises:
+            UntrustedError: If the checkpoint asks for what it may not ask for.
+            ValueError: If the file is damaged or no checkpoint of this class.
+        """
+        if hparams_file is not None:
+            raise ValueError("hparams_file is not read. Give arguments by name: beta=0.1, ...")
+        weights_only = weights_only is not False
+        saved = read_checkpoint(checkpoint_path, weights_only=weights_only)
+        with opened(cls, saved.get("hyper_parameters") or {}, kwargs, trust):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, None, strict, weights_only, **kwargs
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counters and the rule's state; compare processes' parameters.

@@ -15,6 +15,7 @@ FLOORS = {
     "batches": 1,
     "kernels": 1,
     "latents": 1,
+    "masking": 1,
     "objectives": 1,
     "parameters": 1,
     "passes": 1,
@@ -44,11 +45,13 @@ FLOORS = {
     "metrics": 6,
     "networks": 6,
     "processes": 6,
-    "module": 7,
-    "callbacks": 8,
-    "commands": 9,
-    "cli": 10,
-    "__main__": 11,
+    "safety": 7,
+    "checkpoints": 7,
+    "module": 8,
+    "callbacks": 9,
+    "commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 FOLDERS = ("callbacks", "commands", "data")
 HIGHEST_TORCH_ONLY_FLOOR = 5
