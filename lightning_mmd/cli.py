@@ -1,14 +1,15 @@
 """The command line: ``lightning-mmd fit | validate | test | sample | halving | doctor``."""
 
 import argparse
-import difflib
 import logging
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,17 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-import lightning_mmd.callbacks  # what these hold can then be named in YAML without its path
-import lightning_mmd.closed_form
-import lightning_mmd.critics
-import lightning_mmd.data
-import lightning_mmd.deep_kernel
-import lightning_mmd.estimators
-import lightning_mmd.features
-import lightning_mmd.gradient_ascent
-import lightning_mmd.kernel_objectives
-import lightning_mmd.kernels
-import lightning_mmd.networks
-import lightning_mmd.noise
-import lightning_mmd.objectives
-from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
+from lightning_mmd.callbacks import (
+    ConvergenceMonitor,
+    GracefulStop,
+    MMDTracker,
+    SampleGrid,
+    StoppedError,
+)
 from lightning_mmd.commands.doctor import examine
+from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.halving import climb
+from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.sample import check_checkpoint, sample
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
@@ -55,6 +51,9 @@ from lightning_mmd.safety import Configuration
 
 __all__ = ["MMDCLI", "doctor", "halving", "main"]
 
+for _name in NAMED:  # what these hold can then be named in YAML without its path
+    import_module(f"lightning_mmd.{_name}")
+
 _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
 Besides the subcommands below,
@@ -68,6 +67,7 @@ _NOISE = (  # warnings that say nothing to a user of this command
     ".*ModelCheckpoint with manual optimization.*",
     ".*isinstance.treespec, LeafSpec.*",
     "LightningCLI's args parameter.*",
+    "The dirpath has changed from.*",  # a resumed run has a folder of its own
 )
 
 
@@ -125,10 +125,17 @@ class MMDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_model_seed)
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint before anything is built; Lightning would take its arguments."""
+        """Check the checkpoint before anything is built; Lightning would take its arguments.
+
+        ``last`` is the newest of all runs of the configuration: Lightning would look in the folder
+        of the run that is about to start, and go on without one.
+        """
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path is not None and path not in ("last", "best", "hpc", "registry"):
+        if path == "last":
+            path = str(find_last(self.config[subcommand].trainer))
+            self.config[subcommand].ckpt_path = path
+        if path is not None and path not in ("best", "hpc", "registry"):
             check_checkpoint(path)
 
     def before_instantiate_classes(self) -> None:
@@ -145,7 +152,10 @@ class MMDCLI(LightningCLI):
             bars = (callback for callback in config.callbacks if isinstance(callback, ProgressBar))
             for bar in list(bars):
                 config.callbacks.remove(bar)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(callback, GracefulStop) for callback in callbacks_of(trainer)):
+            callbacks_of(trainer).append(GracefulStop())  # behind those that save
+        return trainer
 
     def before_fit(self) -> None:
         """Never let Weights & Biases stop a run to ask for a login."""
@@ -373,6 +383,9 @@ def run(args: ArgsType = None) -> None:
 def main(args: ArgsType = None) -> None:
     """Run the command line; an error becomes one message and exit status 2.
 
+    A training that Ctrl-C or SIGTERM stopped ends with exit status 130 or 143, the path of its
+    checkpoint and the command that goes on.
+
     Set ``LIGHTNING_MMD_TRACEBACK=1`` to see where it came from.
 
     Args:
@@ -380,60 +393,34 @@ def main(args: ArgsType = None) -> None:
     """
     try:
         run(args)
-    except (ArgumentError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except StoppedError as stop:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first process speaks for all
+            sys.exit(0)
+        message = str(stop)
+        if stop.checkpoint is not None:
+            arguments = sys.argv[1:] if args is None else args
+            message += f"\nto go on: {command_to_go_on(arguments, stop.checkpoint)}"
+        _leave(message, _EXIT_STATUS + stop.signal)
+    except KeyboardInterrupt:
+        _leave("stopped before the first update was finished; nothing was saved", _INTERRUPTED)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's way of being stopped
+            _leave("stopped between updates; the last checkpoint is what is saved", _INTERRUPTED)
+        raise
+    except _EXPECTED as error:
         if os.environ.get("LIGHTNING_MMD_TRACEBACK"):
             raise
-        print(f"lightning-mmd: {mask(_explain(error))}", file=sys.stderr)
-        sys.exit(2)
+        _leave(mask(explain(error)), 2)
 
 
-def _explain(error: Exception) -> str:
-    """Shorten what a parser says of a name or argument that it does not know; name neighbours."""
-    text = str(error).strip()
-    unknown = re.search(r"Expected a dot import path string: (\w+)", text)
-    if unknown is not None:
-        return f"there is no class named {unknown[1]!r}. {_neighbours(unknown[1])}"
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    text = _of_the_class(text)
-    problem = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)':\n\s*(.+)", text)
-    if key is not None and problem is not None:
-        return f"{problem[1]}: {problem[2].strip()}. See --{key[1]}.help {problem[1]}"
-    return text
+_EXPECTED = (ArgumentError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+_EXIT_STATUS = 128  # of a process that a signal ended, and the signal's number
+_INTERRUPTED = _EXIT_STATUS + signal.SIGINT
 
 
-def _of_the_class(text: str) -> str:
-    """Of what a parser says of an optional argument, take what is not about None."""
-    if "Union subtypes" not in text or "Errors:" not in text:
-        return text
-    errors = re.split(r"\n\s*- ", text.split("Errors:", 1)[1])
-    about = [error.strip() for error in errors if error.strip() and "NoneType" not in error]
-    return about[0] if about else text
-
-
-def _neighbours(name: str) -> str:
-    modules = (
-        lightning_mmd.callbacks,
-        lightning_mmd.closed_form,
-        lightning_mmd.critics,
-        lightning_mmd.data,
-        lightning_mmd.deep_kernel,
-        lightning_mmd.estimators,
-        lightning_mmd.features,
-        lightning_mmd.gradient_ascent,
-        lightning_mmd.kernel_objectives,
-        lightning_mmd.kernels,
-        lightning_mmd.networks,
-        lightning_mmd.noise,
-        lightning_mmd.objectives,
-    )
-    values = {n: v for m in modules for n, v in vars(m).items() if isinstance(v, type)}
-    known = sorted(n for n, v in values.items() if n[0] != "_" and "lightning_mmd" in v.__module__)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return (
-        "Check its spelling; a class that is not ours needs its dotted path (mynets.MyGenerator)."
-    )
+def _leave(message: object, status: int) -> None:
+    print(f"lightning-mmd: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

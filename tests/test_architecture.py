@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_mmd"
 FLOORS = {
     "batches": 1,
+    "heartbeat": 1,
     "kernels": 1,
     "latents": 1,
     "masking": 1,
