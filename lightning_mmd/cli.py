@@ -148,7 +148,7 @@ class MMDCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Leave the progress bar out where none is wanted: Lightning refuses both together."""
         config = self._get(self.config_init, "trainer")
-        if config.get("enable_progress_bar") is False and config.get("callbacks"):
+        if config.get("enable_progress_bar") is False and isinstance(config.get("callbacks"), list):
             bars = (callback for callback in config.callbacks if isinstance(callback, ProgressBar))
             for bar in list(bars):
                 config.callbacks.remove(bar)

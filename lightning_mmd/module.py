@@ -20,10 +20,12 @@ from lightning_mmd.batches import BatchParts
 from lightning_mmd.checkpoints import read_checkpoint, use_whole_checkpoints
 from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.data import SampleDataModule
+from lightning_mmd.finite import refuse_not_finite, refuse_to_save
 from lightning_mmd.game import DivergedError, Game, GradientHook, Player, UpdateRule
 from lightning_mmd.internals import (
     attached_trainer,
     built_by_command_line,
+    callbacks_of,
     change_logged_hyperparameters,
     keep_hyperparameters,
     uncompile,
@@ -39,6 +41,8 @@ from lightning_mmd.pushforward import check_samples
 from lightning_mmd.safety import opened
 
 __all__ = ["MMDGAN"]
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class MMDGAN(LightningModule):
@@ -133,8 +137,7 @@ class MMDGAN(LightningModule):
         # by its path alone. Modules that were built in Python cannot be recorded so.
         self.save_hyperparameters(ignore=[] if built_by_command_line() else ["generator", "critic"])
         if not built_by_command_line():
-            plain = (bool, int, float, str, type(None))
-            named = {n for n, value in self.hparams.items() if isinstance(value, plain)}
+            named = {n for n, value in self.hparams.items() if isinstance(value, _PLAIN)}
             keep_hyperparameters(self, named)
         self.automatic_optimization = False
         self.generator = generator
@@ -156,6 +159,7 @@ class MMDGAN(LightningModule):
         self._gradient_hooks: OrderedDict[int, GradientHook] = OrderedDict()
         self._averaged: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters()
         self._generator_metrics: dict[str, Any] = {}
+        self._last_latents: tuple[Tensor, ...] = (torch.zeros(()),)
 
     # Sampling
 
@@ -331,9 +335,13 @@ class MMDGAN(LightningModule):
         game = self._game(self.batch.read(batch))
         with seeded(self.device, self.seed, self.global_rank, self.critic_step):
             try:
+                refuse_not_finite((game.generator, game.critic), self.rule)
                 metrics = self.rule.update(game)
             except DivergedError as error:
-                raise self._explained(error, game) from error
+                told = self._explained(error, game)
+                if not self._rescued(told):
+                    raise told from error
+                return
         self.cumulative_lr = game.generator.cumulative_lr
         if game.moves_generator:
             self._generator_metrics = metrics
@@ -359,13 +367,18 @@ class MMDGAN(LightningModule):
         return Game(
             *(self._players() if training else self._bare_players()),
             real,
-            self.sample_latents,
+            self._draw,
             step=self.critic_step,
             moves_generator=(self.critic_step + 1) % self.critic_steps == 0,
             micro_batches=self.micro_batches,
             **({"processes": TrainerProcesses(trainer)} if trainer is not None else {}),
             hooks=tuple(self._gradient_hooks.values()),
         )
+
+    def _draw(self, num: int) -> Inputs:
+        latents = self.sample_latents(num)
+        self._last_latents = as_inputs(latents)  # whose fault it was, where numbers diverge
+        return latents
 
     def _bare_players(self) -> tuple[Player, Player]:
         """Players that cannot move."""
@@ -411,10 +424,24 @@ class MMDGAN(LightningModule):
                 "a batch of real data holds NaN or infinite values. Clean the data set; nothing "
                 f"was updated with this batch (generator update {self.trainer.global_step})."
             )
+        latents = torch.stack([part.isfinite().all() for part in self._last_latents]).all()
+        if game.processes.mean(latents.double()) < 1:
+            return ValueError(
+                "the latents hold NaN or infinite values. Look at the callable that draws them; "
+                f"nothing was updated with them (generator update {self.trainer.global_step})."
+            )
         return DivergedError(
             f"training has diverged: {error} is not finite at generator update "
             f"{self.trainer.global_step}. Lower the learning rates (or eta), or raise alpha or "
-            "beta, and go on from a checkpoint of well before this update."
+            "beta, and go on from a checkpoint of well before this update; the callback "
+            "OnDivergence keeps one."
+        )
+
+    def _rescued(self, error: Exception) -> bool:
+        """Ask the callbacks whether training goes on; all processes get the same answer."""
+        rescuers = (getattr(c, "on_divergence", None) for c in callbacks_of(self.trainer))
+        return isinstance(error, DivergedError) and any(
+            rescue(self.trainer, self, error) for rescue in rescuers if rescue is not None
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -523,11 +550,13 @@ class MMDGAN(LightningModule):
 
         Raises:
             RuntimeError: If processes hold different parameters.
+            DivergedError: If a parameter or an optimizer's state is not finite.
         """
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
             # while interrupted, a process may be alone here
             refuse_different_parameters(trainer, self)
+        refuse_to_save(self, checkpoint.get("optimizer_states"))
         state_dict = checkpoint["state_dict"]
         checkpoint["state_dict"] = {plain_name(name): p for name, p in state_dict.items()}
         checkpoint["mmdgan"] = {

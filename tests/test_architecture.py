@@ -32,6 +32,7 @@ FLOORS = {
     "pushforward": 2,
     "critics": 3,
     "embedding": 3,
+    "finite": 3,
     "parted": 3,
     "penalties": 3,
     "sobolev": 3,

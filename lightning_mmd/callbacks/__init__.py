@@ -2,6 +2,7 @@
 
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.convergence import ConvergenceMonitor
+from lightning_mmd.callbacks.divergence import OnDivergence
 from lightning_mmd.callbacks.ema import GeneratorEMA
 from lightning_mmd.callbacks.instance_noise import InstanceNoise
 from lightning_mmd.callbacks.interruption import GracefulStop, StoppedError
@@ -21,6 +22,7 @@ __all__ = [
     "InstanceNoise",
     "MMDTracker",
     "NoiseInjection",
+    "OnDivergence",
     "ParametricGradientPenalty",
     "RelativeTestLR",
     "SampleGrid",
