@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 __all__ = [
     "WholeCheckpoints",
@@ -20,6 +21,7 @@ __all__ = [
     "newest_whole",
     "read_checkpoint",
     "use_whole_checkpoints",
+    "warn_of_inexact_order",
     "write_whole",
 ]
 
@@ -227,3 +229,19 @@ def use_whole_checkpoints(trainer: Trainer) -> None:
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+
+def warn_of_inexact_order(trainer: Trainer) -> None:
+    """Warn where a training resumes and the order of its data is not that of the first one.
+
+    Args:
+        trainer: A trainer that starts to train.
+    """
+    loader = trainer.train_dataloader
+    shuffled = isinstance(getattr(loader, "sampler", None), (RandomSampler, WeightedRandomSampler))
+    if trainer.ckpt_path and shuffled and not hasattr(loader, "state_dict"):
+        rank_zero_warn(
+            "the order of the data does not go on where the checkpoint was: this loader draws it "
+            "anew. All else is as it was. For the same order take a data module of this package, "
+            "or a loader that saves its state, such as torchdata's StatefulDataLoader."
+        )

@@ -22,8 +22,6 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mmd.callbacks import (
     ConvergenceMonitor,
@@ -37,13 +35,12 @@ from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.halving import climb
 from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.sample import check_checkpoint, sample
+from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
     callbacks_of,
     is_fast_dev_run,
-    offline,
     short_help,
-    switch_offline,
 )
 from lightning_mmd.masking import mask, masked
 from lightning_mmd.module import MMDGAN
@@ -159,7 +156,7 @@ class MMDCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Never let Weights & Biases stop a run to ask for a login."""
-        log_offline_without_login(self.trainer)
+        start_or_go_offline(self.trainer)
 
     before_validate = before_test = before_fit
 
@@ -268,30 +265,6 @@ def _quieten() -> None:
 
 def _model_seed(seed_everything: bool | int) -> int:
     return 0 if isinstance(seed_everything, bool) else seed_everything
-
-
-def log_offline_without_login(trainer: Trainer) -> None:
-    """Switch W&B loggers to offline mode, with a warning, where no login is to be had.
-
-    Args:
-        trainer: The trainer whose loggers are about to start.
-    """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers or "WANDB_MODE" in os.environ or all(map(offline, loggers)):
-        return
-    import wandb
-
-    try:
-        reason = None if wandb.login(prompt=False) else "no login is configured"
-    except wandb.Error as error:  # a key that is refused, or no network
-        reason = f"the login failed ({error})"
-    if reason:
-        for logger in loggers:
-            switch_offline(logger)
-        rank_zero_warn(
-            f"Weights & Biases: {reason}, so the run is logged offline. Run 'wandb login' once, or "
-            "set WANDB_API_KEY; 'wandb sync' uploads the folder later."
-        )
 
 
 def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:

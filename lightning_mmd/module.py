@@ -17,7 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mmd.batches import BatchParts
-from lightning_mmd.checkpoints import read_checkpoint, use_whole_checkpoints
+from lightning_mmd.checkpoints import (
+    read_checkpoint,
+    use_whole_checkpoints,
+    warn_of_inexact_order,
+)
 from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.finite import refuse_not_finite, refuse_to_save
@@ -118,17 +122,18 @@ class MMDGAN(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_networks(generator=generator, critic=critic)
+        _check_integers(critic_steps=critic_steps, micro_batches=micro_batches, seed=seed)
+        _check_builders(
+            generator_optimizer, critic_optimizer, generator_scheduler, critic_scheduler
+        )
+        _check_parts(rule, batch)
         _check_positive(
             critic_steps=critic_steps,
             micro_batches=micro_batches,
             generator_clip_norm=generator_clip_norm,
             critic_clip_norm=critic_clip_norm,
         )
-        if rule is not None and not isinstance(rule, UpdateRule):
-            raise TypeError(
-                "rule must be an UpdateRule such as ClosedForm() or GradientAscent(), got "
-                f"{rule!r}."
-            )
         # The rule keeps state, which two models must not share.
         self.rule = ClosedForm() if rule is None else copy.deepcopy(rule)
         self.rule.check(generator, critic)
@@ -209,6 +214,7 @@ class MMDGAN(LightningModule):
         Raises:
             ValueError: If ``num`` does not fit.
         """
+        _check_integers(num=num)
         inputs = as_inputs(self.sample_latents(num) if latents is None and num >= 1 else latents)
         if num < 1 or len(inputs[0]) != num:
             length = "none" if latents is None else len(inputs[0])
@@ -286,6 +292,10 @@ class MMDGAN(LightningModule):
             warn_of_kinks(self.critic)
         self.rule.check_players(*self._players())
         self.check_networks()
+
+    def on_train_start(self) -> None:
+        """Say what is not exact in a training that resumes."""
+        warn_of_inexact_order(self.trainer)
 
     def check_networks(self) -> None:
         """Run two latents through generator and critic in eval mode.
@@ -613,5 +623,50 @@ class MMDGAN(LightningModule):
 
 def _check_positive(**numbers: float | None) -> None:
     for name, number in numbers.items():
+        if not isinstance(number, (int, float, type(None))):
+            raise TypeError(f"{name} must be a number, got {number!r}.")
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {number}.")
+
+
+def _check_networks(**networks: Any) -> None:
+    for name, network in networks.items():
+        if isinstance(network, type):
+            raise TypeError(
+                f"{name} must be a network, got the class {network.__name__}: call it, "
+                f"{network.__name__}(...)."
+            )
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {network!r}.")
+
+
+def _check_parts(rule: Any, batch: Any) -> None:
+    if not isinstance(rule, (UpdateRule, type(None))):
+        raise TypeError(
+            f"rule must be an UpdateRule such as ClosedForm() or GradientAscent(), got {rule!r}."
+        )
+    if not isinstance(batch, (BatchParts, type(None))):
+        raise TypeError(f"batch must be a BatchParts, got {batch!r}.")
+
+
+def _check_integers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, got {number!r}.")
+
+
+def _check_builders(*builders: Any) -> None:
+    """Refuse an optimizer in place of what makes one."""
+    names = [f"{player}_{kind}" for kind in _BUILDS for player in ("generator", "critic")]
+    for name, builder in zip(names, builders, strict=True):
+        if builder is not None and not callable(builder):
+            raise TypeError(
+                f"{name} must be {_BUILDS[name.partition('_')[2]]}, got {type(builder).__name__}."
+            )
+
+
+_BUILDS = {
+    "optimizer": "a callable from parameters to an optimizer, such as torch.optim.Adam",
+    "scheduler": "a callable from an optimizer to a scheduler, such as "
+    "lambda optimizer: ExponentialLR(optimizer, 0.9)",
+}

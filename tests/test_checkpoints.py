@@ -14,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_safety import networks
 from tiny import quiet_trainer
+from torch.utils.data import DataLoader
 
 from lightning_mmd import MMDGAN
 from lightning_mmd.checkpoints import (
@@ -217,3 +218,20 @@ def test_a_module_gives_every_trainer_whole_checkpoints(tmp_path):
         trainer.fit(MMDGAN(**networks()), DigitsDataModule())
         assert type(trainer.strategy.checkpoint_io) is kind
         check_whole(trainer.checkpoint_callback.best_model_path)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_loader_that_shuffles_anew_is_said_to(shuffle, tmp_path, recwarn):
+    def fit(steps, ckpt_path=None):
+        trainer = quiet_trainer(tmp_path, max_steps=steps, limit_val_batches=0)
+        loader = DataLoader(torch.randn(32, 1, 8, 8), batch_size=16, shuffle=shuffle)
+        trainer.fit(MMDGAN(**networks()), loader, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+    fit(2)
+    if shuffle:
+        with pytest.warns(UserWarning, match="order of the data does not go on .* StatefulDataLoa"):
+            fit(4, tmp_path / "a.ckpt")
+    else:
+        fit(4, tmp_path / "a.ckpt")
+        assert not [w for w in recwarn.list if "order of the data" in str(w.message)]

@@ -263,7 +263,7 @@ def test_data_that_are_not_finite_are_no_divergence(tmp_path):
     ("arguments", "words"),
     [
         ({"action": "stop"}, "action must be 'raise' or 'restore', got 'stop'"),
-        ({"every_n_steps": 0}, "every_n_steps and max_tries of at least 1, got 0 and 3"),
+        ({"every_n_steps": 0}, "every_n_steps and max_tries, integers of at least 1, got 0 and 3"),
         ({"max_tries": 0}, "of at least 1, got 100 and 0"),
         ({"factor": 0.0}, r"factor must be in \(0, 1\], got 0.0"),
         ({"factor": NAN}, r"factor must be in \(0, 1\], got nan"),

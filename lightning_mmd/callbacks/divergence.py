@@ -55,9 +55,9 @@ class OnDivergence(Callback):
     ) -> None:
         if action not in ("raise", "restore"):
             raise ValueError(f"action must be 'raise' or 'restore', got {action!r}.")
-        if every_n_steps < 1 or max_tries < 1:
+        if any(not isinstance(n, int) or n < 1 for n in (every_n_steps, max_tries)):
             raise ValueError(
-                "OnDivergence needs every_n_steps and max_tries of at least 1, got "
+                "OnDivergence needs every_n_steps and max_tries, integers of at least 1, got "
                 f"{every_n_steps} and {max_tries}."
             )
         if not 0 < factor <= 1:

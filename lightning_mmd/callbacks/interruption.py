@@ -57,8 +57,8 @@ class GracefulStop(Callback):
     """
 
     def __init__(self, limit: float = 30.0) -> None:
-        if not limit > 0:
-            raise ValueError(f"limit must be a positive number of seconds, got {limit}.")
+        if not isinstance(limit, (int, float)) or not limit > 0:
+            raise ValueError(f"limit must be a positive number of seconds, got {limit!r}.")
         self.limit = limit
         self._received = 0
         self._before: dict[int, Any] = {}
