@@ -162,12 +162,13 @@ class MMDCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Save the last state beside the other checkpoints and say what came of the run."""
-        checkpoint = None
-        if not is_fast_dev_run(self.trainer):
-            callback = self.trainer.checkpoint_callback
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                checkpoint = Path(callback.dirpath) / "last.ckpt"
-                self.trainer.save_checkpoint(checkpoint, weights_only=False)
+        stops = [c for c in callbacks_of(self.trainer) if isinstance(c, GracefulStop)]
+        checkpoint = stops[0].saved if stops else None
+        callback = self.trainer.checkpoint_callback
+        folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+        if checkpoint is None and folder and not is_fast_dev_run(self.trainer):
+            checkpoint = Path(folder) / "last.ckpt"
+            self.trainer.save_checkpoint(checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
 

@@ -122,12 +122,11 @@ class MMDGAN(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_networks(generator=generator, critic=critic)
         _check_integers(critic_steps=critic_steps, micro_batches=micro_batches, seed=seed)
         _check_builders(
             generator_optimizer, critic_optimizer, generator_scheduler, critic_scheduler
         )
-        _check_parts(rule, batch)
+        _check_parts(rule, batch, generator=generator, critic=critic)
         _check_positive(
             critic_steps=critic_steps,
             micro_batches=micro_batches,
@@ -629,7 +628,7 @@ def _check_positive(**numbers: float | None) -> None:
             raise ValueError(f"{name} must be a positive number, got {number}.")
 
 
-def _check_networks(**networks: Any) -> None:
+def _check_parts(rule: Any, batch: Any, **networks: Any) -> None:
     for name, network in networks.items():
         if isinstance(network, type):
             raise TypeError(
@@ -638,9 +637,6 @@ def _check_networks(**networks: Any) -> None:
             )
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {network!r}.")
-
-
-def _check_parts(rule: Any, batch: Any) -> None:
     if not isinstance(rule, (UpdateRule, type(None))):
         raise TypeError(
             f"rule must be an UpdateRule such as ClosedForm() or GradientAscent(), got {rule!r}."

@@ -45,11 +45,17 @@ class GracefulStop(Callback):
     second Ctrl-C ends the process at once. On several processes each one watches the others: a
     rank that failed, or does not answer for `limit` seconds, is named, and the rest ends.
 
+    The state after the last update of ``max_steps`` is saved there too, before Lightning counts the
+    epoch that it cuts as a whole one: what goes on from it is what one long training would be.
+
     It must be the last callback of a Trainer, so that a checkpoint holds what others have done
     after the step; the command line adds it.
 
     Args:
         limit: Seconds without a sign of life after which a process counts as dead, > 0.
+
+    Attributes:
+        saved: The checkpoint of the last update, None before.
 
     Raises:
         ValueError: If the limit is not positive.
@@ -60,6 +66,7 @@ class GracefulStop(Callback):
         if not isinstance(limit, (int, float)) or not limit > 0:
             raise ValueError(f"limit must be a positive number of seconds, got {limit!r}.")
         self.limit = limit
+        self.saved: Path | None = None
         self._received = 0
         self._before: dict[int, Any] = {}
         self._heart: Heartbeat | None = None
@@ -68,7 +75,7 @@ class GracefulStop(Callback):
         self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received = 0
+        self._received, self.saved = 0, None
         self._listen()
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             store = shared_store(self.limit)
@@ -82,11 +89,13 @@ class GracefulStop(Callback):
         if trainer.world_size > 1:
             told = torch.tensor(float(number), device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(told, reduce_op="max"))
-        if number:
-            path = _place(trainer)
+        saves = isinstance(trainer.checkpoint_callback, ModelCheckpoint)
+        if number or (saves and trainer.global_step == trainer.max_steps):
+            path = self.saved = _place(trainer)
             if path is not None:
                 trainer.save_checkpoint(path, weights_only=False)
-            raise StoppedError(number, path, trainer.global_step)
+        if number:
+            raise StoppedError(number, self.saved, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._heart is not None:
