@@ -103,6 +103,49 @@ def test_last_goes_on_from_the_newest_run_or_refuses(capsys):
     assert last["global_step"] == last["mmdgan"]["critic_step"] == 4
 
 
+def test_k_and_k_updates_are_2k_where_k_is_no_multiple_of_a_cadence():
+    """Weights, optimizers, tracker, data and counters of the last checkpoint, bit for bit.
+
+    5 batches an epoch, a tracker every 4 updates, a cut at 6: inside an epoch and a cadence.
+    """
+    tracked = [
+        "--trainer.callbacks=[]",
+        "--trainer.callbacks+=MMDTracker",
+        "--trainer.callbacks.kernel=Gaussian",
+        "--trainer.callbacks.every_n_steps=4",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=3",
+    ]
+    words = [*DIGITS, *tracked, "--trainer.log_every_n_steps=1"]
+    main([*words, "--trainer.max_steps=6"])
+    main([*words, "--trainer.max_steps=12", "--ckpt_path=last"])
+    main([*words, "--trainer.max_steps=12"])
+    resumed, whole = (
+        read_checkpoint(f"runs/digits/version_{version}/checkpoints/last.ckpt")
+        for version in (1, 2)
+    )
+    for state in (resumed, whole):
+        tracker = next(v for k, v in state["callbacks"].items() if "MMDTracker" in k)
+        for row in tracker["history"]:
+            del row["seconds"]
+        state["tracker"] = tracker
+        del state["callbacks"], state["hyper_parameters"]
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "mmdgan", "tracker", "epoch")
+    for key in (*keys, "global_step", "DigitsDataModule"):
+        assert equal(resumed[key], whole[key]), key
+
+
+def equal(a, b):
+    """Whether nested data are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def test_a_second_interrupt_is_not_swallowed():
     stop = GracefulStop()
     stop._take(signal.SIGINT, None)
