@@ -11,9 +11,11 @@ fail() {
 case "${1-}" in
 demo) what=base target=. ;;
 test) what=dev target=".[dev]" ;;
+faults) what=faults target=".[dev]" ;;
 *)
     echo "usage: ./do demo [options of lightning-mmd fit]    train on the bundled digits"
     echo "       ./do test [options of pytest]               run the tests"
+    echo "       ./do faults [options of pytest]             kill, damage and deceive it: some minutes"
     if [ $# -eq 0 ]; then exit 0; else fail "unknown command '$1'"; fi
     ;;
 esac
@@ -39,6 +41,8 @@ python=$env/bin/python
 # The stamp says what is installed: this checkout, this pyproject.toml, with or without the extras.
 state="$PWD $(cksum <pyproject.toml)"
 stamp=$env/.lightning-mmd
+suite=$what
+[ "$what" = faults ] && what=dev # the same environment
 if [ "$(cat "$stamp-$what" 2>/dev/null)" != "$state" ]; then
     echo "do: installing into $env; PyTorch is large, the first time takes minutes" >&2
     PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --editable "$target"
@@ -47,8 +51,13 @@ if [ "$(cat "$stamp-$what" 2>/dev/null)" != "$state" ]; then
 fi
 
 PATH=$env/bin:$PATH
-case $what in
+case $suite in
 base) exec "$env/bin/lightning-mmd" fit --config configs/digits.yaml "$@" ;;
+faults)
+    set -- tests/test_faults.py tests/test_safety.py tests/test_checkpoints.py \
+        tests/test_interruption.py tests/test_divergence.py tests/test_wrong_uses.py "$@"
+    exec "$python" -m pytest -n 2 "$@"
+    ;;
 dev)
     case " $* " in # two processes of tests at a time, unless told otherwise
     *" -n"*) ;;

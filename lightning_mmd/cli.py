@@ -1,56 +1,57 @@
 """The command line: ``lightning-mmd fit | validate | test``, and the commands of `COMMANDS`."""
 
 import argparse
-import difflib
 import logging
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 
-import lightning_mmd.callbacks  # what these hold can then be named in YAML without its path
-import lightning_mmd.closed_form
-import lightning_mmd.critics
-import lightning_mmd.data
-import lightning_mmd.deep_kernel
-import lightning_mmd.estimators
-import lightning_mmd.feature_networks
-import lightning_mmd.features
-import lightning_mmd.gradient_ascent
-import lightning_mmd.kernel_objectives
-import lightning_mmd.kernels
-import lightning_mmd.matching
-import lightning_mmd.networks
-import lightning_mmd.noise
-import lightning_mmd.objectives
-from lightning_mmd.callbacks import ConvergenceMonitor, MMDTracker, SampleGrid
+from lightning_mmd.callbacks import (
+    ConvergenceMonitor,
+    GracefulStop,
+    MMDTracker,
+    SampleGrid,
+    StoppedError,
+)
 from lightning_mmd.commands.classifier import train_classifier
 from lightning_mmd.commands.doctor import examine
 from lightning_mmd.commands.evaluate import evaluate
+from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.halving import climb
+from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.sample import check_checkpoint, sample
+from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
     callbacks_of,
     is_fast_dev_run,
-    offline,
     short_help,
-    switch_offline,
 )
+from lightning_mmd.masking import mask, masked
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.safety import Configuration
 
 __all__ = ["MMDCLI", "doctor", "halving", "main"]
+
+for _name in NAMED:  # what these hold can then be named in YAML without its path
+    import_module(f"lightning_mmd.{_name}")
 
 _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
@@ -67,6 +68,7 @@ _NOISE = (  # warnings that say nothing to a user of this command
     ".*ModelCheckpoint with manual optimization.*",
     ".*isinstance.treespec, LeafSpec.*",
     "LightningCLI's args parameter.*",
+    "The dirpath has changed from.*",  # a resumed run has a folder of its own
 )
 
 
@@ -85,6 +87,19 @@ def _rules_afresh(arguments: list[str]) -> list[str]:
             afresh.append("--model.rule=null")
         afresh.append(argument)
     return afresh
+
+
+class _Parts:
+    """What a configuration has beside model and trainer."""
+
+    def __init__(self, data: LightningDataModule) -> None: ...
+
+
+class SaveMaskedConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, without what looks like a secret."""
+
+    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, masked(config), *args, **kwargs)
 
 
 class MMDCLI(LightningCLI):
@@ -111,35 +126,53 @@ class MMDCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_model_seed)
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint before anything is built; Lightning would take its arguments."""
+        """Check the checkpoint before anything is built; Lightning would take its arguments.
+
+        ``last`` is the newest of all runs of the configuration: Lightning would look in the folder
+        of the run that is about to start, and go on without one.
+        """
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path is not None and path not in ("last", "best", "hpc", "registry"):
+        if path == "last":
+            path = str(find_last(self.config[subcommand].trainer))
+            self.config[subcommand].ckpt_path = path
+        if path is not None and path not in ("best", "hpc", "registry"):
             check_checkpoint(path)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what a configuration must not build, before anything is called."""
+        policy = Configuration()
+        for name, kind in (("model", MMDGAN), ("trainer", Trainer)):
+            policy.check(self._get(self.config, name), kind)
+        policy.check({"data": self._get(self.config, "data")}, _Parts)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Leave the progress bar out where none is wanted: Lightning refuses both together."""
         config = self._get(self.config_init, "trainer")
-        if config.get("enable_progress_bar") is False and config.get("callbacks"):
+        if config.get("enable_progress_bar") is False and isinstance(config.get("callbacks"), list):
             bars = (callback for callback in config.callbacks if isinstance(callback, ProgressBar))
             for bar in list(bars):
                 config.callbacks.remove(bar)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(callback, GracefulStop) for callback in callbacks_of(trainer)):
+            callbacks_of(trainer).append(GracefulStop())  # behind those that save
+        return trainer
 
     def before_fit(self) -> None:
         """Never let Weights & Biases stop a run to ask for a login."""
-        log_offline_without_login(self.trainer)
+        start_or_go_offline(self.trainer)
 
     before_validate = before_test = before_fit
 
     def after_fit(self) -> None:
         """Save the last state beside the other checkpoints and say what came of the run."""
-        checkpoint = None
-        if not is_fast_dev_run(self.trainer):
-            callback = self.trainer.checkpoint_callback
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                checkpoint = Path(callback.dirpath) / "last.ckpt"
-                self.trainer.save_checkpoint(checkpoint, weights_only=False)
+        stops = [c for c in callbacks_of(self.trainer) if isinstance(c, GracefulStop)]
+        checkpoint = stops[0].saved if stops else None
+        callback = self.trainer.checkpoint_callback
+        folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+        if checkpoint is None and folder and not is_fast_dev_run(self.trainer):
+            checkpoint = Path(folder) / "last.ckpt"
+            self.trainer.save_checkpoint(checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
 
@@ -185,6 +218,7 @@ class DoctorCLI(BuiltCLI):
 
     def before_instantiate_classes(self) -> None:
         """Leave data, logger and callbacks out."""
+        super().before_instantiate_classes()
         self.config.data = None
         for name in vars(self.config.trainer):
             self.config.trainer[name] = None
@@ -236,30 +270,6 @@ def _quieten() -> None:
 
 def _model_seed(seed_everything: bool | int) -> int:
     return 0 if isinstance(seed_everything, bool) else seed_everything
-
-
-def log_offline_without_login(trainer: Trainer) -> None:
-    """Switch W&B loggers to offline mode, with a warning, where no login is to be had.
-
-    Args:
-        trainer: The trainer whose loggers are about to start.
-    """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers or "WANDB_MODE" in os.environ or all(map(offline, loggers)):
-        return
-    import wandb
-
-    try:
-        reason = None if wandb.login(prompt=False) else "no login is configured"
-    except wandb.Error as error:  # a key that is refused, or no network
-        reason = f"the login failed ({error})"
-    if reason:
-        for logger in loggers:
-            switch_offline(logger)
-        rank_zero_warn(
-            f"Weights & Biases: {reason}, so the run is logged offline. Run 'wandb login' once, or "
-            "set WANDB_API_KEY; 'wandb sync' uploads the folder later."
-        )
 
 
 def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
@@ -332,9 +342,10 @@ def run(args: ArgsType = None) -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    if "" not in sys.path:  # so that a user's own networks are found beside the configuration
-        sys.path.insert(0, "")
     arguments = sys.argv[1:] if args is None else args
+    sampling = isinstance(arguments, list) and arguments[:1] == ["sample"]
+    if "" not in sys.path and not sampling:
+        sys.path.append("")  # a user's own networks are found beside a configuration
     if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
         return
@@ -343,6 +354,7 @@ def run(args: ArgsType = None) -> None:
         LightningDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=SaveMaskedConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "lightning-mmd",
@@ -357,6 +369,9 @@ def run(args: ArgsType = None) -> None:
 def main(args: ArgsType = None) -> None:
     """Run the command line; an error becomes one message and exit status 2.
 
+    A training that Ctrl-C or SIGTERM stopped ends with exit status 130 or 143, the path of its
+    checkpoint and the command that goes on.
+
     Set ``LIGHTNING_MMD_TRACEBACK=1`` to see where it came from.
 
     Args:
@@ -364,62 +379,34 @@ def main(args: ArgsType = None) -> None:
     """
     try:
         run(args)
-    except (ArgumentError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except StoppedError as stop:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the first process speaks for all
+            sys.exit(0)
+        message = str(stop)
+        if stop.checkpoint is not None:
+            arguments = sys.argv[1:] if args is None else args
+            message += f"\nto go on: {command_to_go_on(arguments, stop.checkpoint)}"
+        _leave(message, _EXIT_STATUS + stop.signal)
+    except KeyboardInterrupt:
+        _leave("stopped before the first update was finished; nothing was saved", _INTERRUPTED)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's way of being stopped
+            _leave("stopped between updates; the last checkpoint is what is saved", _INTERRUPTED)
+        raise
+    except _EXPECTED as error:
         if os.environ.get("LIGHTNING_MMD_TRACEBACK"):
             raise
-        print(f"lightning-mmd: {_explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        _leave(mask(explain(error)), 2)
 
 
-def _explain(error: Exception) -> str:
-    """Shorten what a parser says of a name or argument that it does not know; name neighbours."""
-    text = str(error).strip()
-    unknown = re.search(r"Expected a dot import path string: (\w+)", text)
-    if unknown is not None:
-        return f"there is no class named {unknown[1]!r}. {_neighbours(unknown[1])}"
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    text = _of_the_class(text)
-    problem = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)':\n\s*(.+)", text)
-    if key is not None and problem is not None:
-        return f"{problem[1]}: {problem[2].strip()}. See --{key[1]}.help {problem[1]}"
-    return text
+_EXPECTED = (ArgumentError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+_EXIT_STATUS = 128  # of a process that a signal ended, and the signal's number
+_INTERRUPTED = _EXIT_STATUS + signal.SIGINT
 
 
-def _of_the_class(text: str) -> str:
-    """Of what a parser says of an optional argument, take what is not about None."""
-    if "Union subtypes" not in text or "Errors:" not in text:
-        return text
-    errors = re.split(r"\n\s*- ", text.split("Errors:", 1)[1])
-    about = [error.strip() for error in errors if error.strip() and "NoneType" not in error]
-    return about[0] if about else text
-
-
-def _neighbours(name: str) -> str:
-    modules = (
-        lightning_mmd.callbacks,
-        lightning_mmd.closed_form,
-        lightning_mmd.critics,
-        lightning_mmd.data,
-        lightning_mmd.deep_kernel,
-        lightning_mmd.estimators,
-        lightning_mmd.feature_networks,
-        lightning_mmd.features,
-        lightning_mmd.gradient_ascent,
-        lightning_mmd.kernel_objectives,
-        lightning_mmd.kernels,
-        lightning_mmd.matching,
-        lightning_mmd.networks,
-        lightning_mmd.noise,
-        lightning_mmd.objectives,
-    )
-    values = {n: v for m in modules for n, v in vars(m).items() if isinstance(v, type)}
-    known = sorted(n for n, v in values.items() if n[0] != "_" and "lightning_mmd" in v.__module__)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return (
-        "Check its spelling; a class that is not ours needs its dotted path (mynets.MyGenerator)."
-    )
+def _leave(message: object, status: int) -> None:
+    print(f"lightning-mmd: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

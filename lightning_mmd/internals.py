@@ -4,6 +4,9 @@ Nothing here is promised by Lightning. `tests/test_internals.py` fails where a n
 what a function stands on.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from jsonargparse import DefaultHelpFormatter
@@ -18,9 +21,11 @@ __all__ = [
     "attached_trainer",
     "built_by_command_line",
     "callbacks_of",
+    "change_logged_hyperparameters",
     "is_fast_dev_run",
     "keep_hyperparameters",
     "offline",
+    "replace_imports",
     "set_callbacks",
     "short_help",
     "switch_offline",
@@ -40,6 +45,13 @@ def keep_hyperparameters(module: LightningModule, names: set[str]) -> None:
         for name in list(hparams):
             if name not in names:
                 del hparams[name]
+
+
+def change_logged_hyperparameters(module: LightningModule, change: Callable[[Any], Any]) -> None:
+    """Change what loggers get of the recorded hyperparameters; a checkpoint keeps them."""
+    recorded = cast(dict, module._hparams_initial)
+    for name, value in list(recorded.items()):
+        recorded[name] = change({name: value})[name]
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -95,6 +107,45 @@ def offline(logger: WandbLogger) -> bool:
 def switch_offline(logger: WandbLogger) -> None:
     """Let a W&B logger that has not started yet log offline."""
     logger._wandb_init["mode"] = "offline"
+
+
+@contextmanager
+def replace_imports(check: Callable[[str], None]) -> Iterator[None]:
+    """Let jsonargparse ask before it imports what a value names.
+
+    Args:
+        check: Gets the dotted path, and raises if it must not be imported.
+
+    Raises:
+        RuntimeError: If jsonargparse does not import as it did, so that nothing would be checked.
+    """
+    modules = [m for n, m in sorted(sys.modules.items()) if n.split(".")[0] == "jsonargparse"]
+    held = [(module, vars(module)["import_object"]) for module in modules if _imports(module)]
+    if not any(module.__name__.endswith("._typehints") for module, _ in held):
+        raise RuntimeError(
+            "this version of jsonargparse imports classes in another way than is known here, so "
+            "what a checkpoint builds cannot be checked. Install jsonargparse 4.53."
+        )
+
+    def asking(original: Callable[..., Any]) -> Callable[..., Any]:
+        def import_object(name: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(name, str):
+                check(name)
+            return original(name, *args, **kwargs)
+
+        return import_object
+
+    for module, original in held:
+        cast(Any, module).import_object = asking(original)
+    try:
+        yield
+    finally:
+        for module, original in held:
+            cast(Any, module).import_object = original
+
+
+def _imports(module: Any) -> bool:
+    return callable(vars(module).get("import_object"))
 
 
 def short_help() -> type[DefaultHelpFormatter]:

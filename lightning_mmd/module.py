@@ -3,8 +3,9 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,24 +17,36 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mmd.batches import BatchParts
+from lightning_mmd.checkpoints import (
+    read_checkpoint,
+    use_whole_checkpoints,
+    warn_of_inexact_order,
+)
 from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.critic_warnings import warn_of_kinks
 from lightning_mmd.data import SampleDataModule
+from lightning_mmd.finite import refuse_not_finite, refuse_to_save
 from lightning_mmd.game import DivergedError, Game, GradientHook, Player, UpdateRule
 from lightning_mmd.internals import (
     attached_trainer,
     built_by_command_line,
+    callbacks_of,
+    change_logged_hyperparameters,
     keep_hyperparameters,
     uncompile,
     uncounted,
 )
 from lightning_mmd.latents import Inputs, Latents, as_inputs
+from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 from lightning_mmd.passes import copy_network, counter_seed, evaluating, full_precision, seeded
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
+from lightning_mmd.safety import opened
 
 __all__ = ["MMDGAN"]
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class MMDGAN(LightningModule):
@@ -112,17 +125,17 @@ class MMDGAN(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_integers(critic_steps=critic_steps, micro_batches=micro_batches, seed=seed)
+        _check_builders(
+            generator_optimizer, critic_optimizer, generator_scheduler, critic_scheduler
+        )
+        _check_parts(rule, batch, generator=generator, critic=critic)
         _check_positive(
             critic_steps=critic_steps,
             micro_batches=micro_batches,
             generator_clip_norm=generator_clip_norm,
             critic_clip_norm=critic_clip_norm,
         )
-        if rule is not None and not isinstance(rule, UpdateRule):
-            raise TypeError(
-                "rule must be an UpdateRule such as ClosedForm() or GradientAscent(), got "
-                f"{rule!r}."
-            )
         # The rule keeps state, which two models must not share.
         self.rule = ClosedForm() if rule is None else copy.deepcopy(rule)
         self.rule.check(generator, critic)
@@ -131,8 +144,7 @@ class MMDGAN(LightningModule):
         # by its path alone. Modules that were built in Python cannot be recorded so.
         self.save_hyperparameters(ignore=[] if built_by_command_line() else ["generator", "critic"])
         if not built_by_command_line():
-            plain = (bool, int, float, str, type(None))
-            named = {n for n, value in self.hparams.items() if isinstance(value, plain)}
+            named = {n for n, value in self.hparams.items() if isinstance(value, _PLAIN)}
             keep_hyperparameters(self, named)
         self.automatic_optimization = False
         self.generator = generator
@@ -154,6 +166,7 @@ class MMDGAN(LightningModule):
         self._gradient_hooks: OrderedDict[int, GradientHook] = OrderedDict()
         self._averaged: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters()
         self._generator_metrics: dict[str, Any] = {}
+        self._last_latents: tuple[Tensor, ...] = (torch.zeros(()),)
 
     # Sampling
 
@@ -203,6 +216,7 @@ class MMDGAN(LightningModule):
         Raises:
             ValueError: If ``num`` does not fit.
         """
+        _check_integers(num=num)
         inputs = as_inputs(self.sample_latents(num) if latents is None and num >= 1 else latents)
         if num < 1 or len(inputs[0]) != num:
             length = "none" if latents is None else len(inputs[0])
@@ -266,7 +280,7 @@ class MMDGAN(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard, leave the step uncompiled, forget an old average.
+        """Refuse strategies that shard, leave the step uncompiled, write checkpoints whole.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -282,6 +296,8 @@ class MMDGAN(LightningModule):
             )
         if stage == "fit":
             self.sample_with(None)
+        use_whole_checkpoints(self.trainer)
+        change_logged_hyperparameters(self, masked)
         if uncompile(self):
             rank_zero_warn(
                 "torch.compile(model) is undone: a training step here takes second derivatives, "
@@ -301,6 +317,10 @@ class MMDGAN(LightningModule):
             warn_of_kinks(self.critic)
         self.rule.check_players(*self._players())
         self.check_networks()
+
+    def on_train_start(self) -> None:
+        """Say what is not exact in a training that resumes."""
+        warn_of_inexact_order(self.trainer)
 
     def check_networks(self) -> None:
         """Run two latents through generator and critic in eval mode.
@@ -350,9 +370,13 @@ class MMDGAN(LightningModule):
         game = self._game(self.batch.read(batch))
         with seeded(self.device, self.seed, self.global_rank, self.critic_step):
             try:
+                refuse_not_finite((game.generator, game.critic), self.rule)
                 metrics = self.rule.update(game)
             except DivergedError as error:
-                raise self._explained(error, game) from error
+                told = self._explained(error, game)
+                if not self._rescued(told):
+                    raise told from error
+                return
         self.cumulative_lr = game.generator.cumulative_lr
         if game.moves_generator:
             self._generator_metrics = metrics
@@ -378,13 +402,18 @@ class MMDGAN(LightningModule):
         return Game(
             *(self._players() if training else self._bare_players()),
             real,
-            self.sample_latents,
+            self._draw,
             step=self.critic_step,
             moves_generator=(self.critic_step + 1) % self.critic_steps == 0,
             micro_batches=self.micro_batches,
             **({"processes": TrainerProcesses(trainer)} if trainer is not None else {}),
             hooks=tuple(self._gradient_hooks.values()),
         )
+
+    def _draw(self, num: int) -> Inputs:
+        latents = self.sample_latents(num)
+        self._last_latents = as_inputs(latents)  # whose fault it was, where numbers diverge
+        return latents
 
     def _bare_players(self) -> tuple[Player, Player]:
         """Players that cannot move."""
@@ -430,10 +459,24 @@ class MMDGAN(LightningModule):
                 "a batch of real data holds NaN or infinite values. Clean the data set; nothing "
                 f"was updated with this batch (generator update {self.trainer.global_step})."
             )
+        latents = torch.stack([part.isfinite().all() for part in self._last_latents]).all()
+        if game.processes.mean(latents.double()) < 1:
+            return ValueError(
+                "the latents hold NaN or infinite values. Look at the callable that draws them; "
+                f"nothing was updated with them (generator update {self.trainer.global_step})."
+            )
         return DivergedError(
             f"training has diverged: {error} is not finite at generator update "
             f"{self.trainer.global_step}. Lower the learning rates (or eta), or raise alpha or "
-            "beta, and go on from a checkpoint of well before this update."
+            "beta, and go on from a checkpoint of well before this update; the callback "
+            "OnDivergence keeps one."
+        )
+
+    def _rescued(self, error: Exception) -> bool:
+        """Ask the callbacks whether training goes on; all processes get the same answer."""
+        rescuers = (getattr(c, "on_divergence", None) for c in callbacks_of(self.trainer))
+        return isinstance(error, DivergedError) and any(
+            rescue(self.trainer, self, error) for rescue in rescuers if rescue is not None
         )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -497,6 +540,48 @@ class MMDGAN(LightningModule):
 
     # State
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> "MMDGAN":
+        """Build a model from a checkpoint, which may run no code of a stranger.
+
+        The file is read as plain data. What it names is checked before anything is built: classes
+        of torch.nn, torch.optim, torchvision.models and this package, and of modules that the
+        running program has imported.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device to load to; default: where it was saved.
+            hparams_file: Must be None: give arguments by their names instead.
+            strict: Whether all weights must fit.
+            weights_only: False reads the file as a pickle, which may run any code; default: True.
+            trust: Names of further modules whose classes and functions the checkpoint may name.
+            kwargs: Arguments of the class, in place of the checkpoint's.
+
+        Returns:
+            The model, with averaged weights where the checkpoint has them.
+
+        Raises:
+            UntrustedError: If the checkpoint asks for what it may not ask for.
+            ValueError: If the file is damaged or no checkpoint of this class.
+        """
+        if hparams_file is not None:
+            raise ValueError("hparams_file is not read. Give arguments by name: beta=0.1, ...")
+        weights_only = weights_only is not False
+        saved = read_checkpoint(checkpoint_path, weights_only=weights_only)
+        with opened(cls, saved.get("hyper_parameters") or {}, kwargs, trust):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, None, strict, weights_only, **kwargs
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counters and the rule's state; compare processes' parameters.
 
@@ -504,11 +589,13 @@ class MMDGAN(LightningModule):
 
         Raises:
             RuntimeError: If processes hold different parameters.
+            DivergedError: If a parameter or an optimizer's state is not finite.
         """
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
             # while interrupted, a process may be alone here
             refuse_different_parameters(trainer, self)
+        refuse_to_save(self, checkpoint.get("optimizer_states"))
         state_dict = checkpoint["state_dict"]
         checkpoint["state_dict"] = {plain_name(name): p for name, p in state_dict.items()}
         checkpoint["mmdgan"] = {
@@ -568,5 +655,47 @@ class MMDGAN(LightningModule):
 
 def _check_positive(**numbers: float | None) -> None:
     for name, number in numbers.items():
+        if not isinstance(number, (int, float, type(None))):
+            raise TypeError(f"{name} must be a number, got {number!r}.")
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {number}.")
+
+
+def _check_parts(rule: Any, batch: Any, **networks: Any) -> None:
+    for name, network in networks.items():
+        if isinstance(network, type):
+            raise TypeError(
+                f"{name} must be a network, got the class {network.__name__}: call it, "
+                f"{network.__name__}(...)."
+            )
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {network!r}.")
+    if not isinstance(rule, (UpdateRule, type(None))):
+        raise TypeError(
+            f"rule must be an UpdateRule such as ClosedForm() or GradientAscent(), got {rule!r}."
+        )
+    if not isinstance(batch, (BatchParts, type(None))):
+        raise TypeError(f"batch must be a BatchParts, got {batch!r}.")
+
+
+def _check_integers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, got {number!r}.")
+
+
+def _check_builders(*builders: Any) -> None:
+    """Refuse an optimizer in place of what makes one."""
+    names = [f"{player}_{kind}" for kind in _BUILDS for player in ("generator", "critic")]
+    for name, builder in zip(names, builders, strict=True):
+        if builder is not None and not callable(builder):
+            raise TypeError(
+                f"{name} must be {_BUILDS[name.partition('_')[2]]}, got {type(builder).__name__}."
+            )
+
+
+_BUILDS = {
+    "optimizer": "a callable from parameters to an optimizer, such as torch.optim.Adam",
+    "scheduler": "a callable from an optimizer to a scheduler, such as "
+    "lambda optimizer: ExponentialLR(optimizer, 0.9)",
+}

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.compile import from_compiled
@@ -106,6 +109,43 @@ def test_help_refers_to_long_lists(capsys):
     assert "see --model.generator.help CLASS" in " ".join(text.split())
     assert "torch.nn.Linear" not in text
     assert len(text.splitlines()) < 700
+
+
+def test_imports_of_a_parser_can_be_asked_about():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=nn.Module)
+    parser.add_argument("--call", type=Callable)
+    parser.add_argument("--any", type=Any)
+    asked = []
+    with internals.replace_imports(asked.append):
+        for name in ("net", "call", "any"):
+            parser.parse_object({name: {"class_path": "torch.nn.ReLU"}})
+            assert asked, name
+            assert set(asked) == {"torch.nn.ReLU"}
+            asked.clear()
+    parser.parse_object({"net": {"class_path": "torch.nn.ReLU"}})
+    assert asked == []
+
+
+def test_an_import_that_is_refused_does_not_happen(tmp_path, monkeypatch):
+    (tmp_path / "never_imported.py").write_text("import torch\nclass Net(torch.nn.ReLU): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=nn.Module)
+
+    def refuse(path):
+        raise ValueError(f"no {path}")
+
+    with internals.replace_imports(refuse), pytest.raises(Exception, match="never_imported"):
+        parser.parse_object({"net": {"class_path": "never_imported.Net"}})
+    assert "never_imported" not in sys.modules
+
+
+def test_what_loggers_get_of_hyperparameters_can_be_changed():
+    module = Two()
+    internals.change_logged_hyperparameters(module, lambda values: dict.fromkeys(values, "x"))
+    assert dict(module.hparams_initial) == {"hide": "x"}
+    assert dict(module.hparams) == {"hide": True}
 
 
 def test_as_trained_is_what_training_step_gets(tmp_path):

@@ -19,7 +19,7 @@ def test_versions_fit_here():
     ("name", "version", "message"),
     [
         ("torchvision", None, "torchvision is missing"),
-        ("torch", "2.0.1", "torch is 2.0.1, but >=2.4 is needed"),
+        ("torch", "2.0.1", "torch is 2.0.1, but >=2.6 is needed"),
         ("torch", "2.5.0", "was built for torch"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.convergence import ConvergenceMonitor
+from lightning_mmd.callbacks.divergence import OnDivergence
 from lightning_mmd.callbacks.ema import GeneratorEMA
 from lightning_mmd.callbacks.instance_noise import InstanceNoise
+from lightning_mmd.callbacks.interruption import GracefulStop, StoppedError
 from lightning_mmd.callbacks.noise import NoiseInjection
 from lightning_mmd.callbacks.penalty import ParametricGradientPenalty
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
@@ -17,11 +19,14 @@ __all__ = [
     "ConvergenceMonitor",
     "GeneratorEMA",
     "GeneratorProgressBar",
+    "GracefulStop",
     "InstanceNoise",
     "MMDTracker",
     "NoiseInjection",
+    "OnDivergence",
     "ParametricGradientPenalty",
     "RelativeTestLR",
     "SampleGrid",
     "SampleQuality",
+    "StoppedError",
 ]

@@ -240,6 +240,10 @@ def require_samples(
 
 
 def _is_last_update(trainer: Trainer) -> bool:
-    """Whether a limit ends training here: then checkpoints still see the last observation."""
+    """Whether ``max_epochs`` ends training here: then checkpoints still see the last observation.
+
+    What is observed where ``max_steps`` ends it, between two multiples of N, is in no checkpoint: a
+    training that goes on from there observes at the updates of one long training.
+    """
     last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+    return last_epoch and trainer.is_last_batch

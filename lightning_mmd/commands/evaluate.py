@@ -31,6 +31,7 @@ def evaluate(
     output: Path | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    trust: str | list[str] | None = None,
 ) -> dict[str, Any]:
     """Score samples of a checkpoint against held-out data; beside each score, that of real data.
 
@@ -47,6 +48,7 @@ def evaluate(
         output: A JSON file of everything that is printed.
         batch_size: Samples at a time, >= 1.
         seed: Of the latents and of KID's subsets.
+        trust: Modules of your own that the checkpoint's networks come from.
 
     Returns:
         Scores, floors, and what they were measured with.
@@ -55,7 +57,7 @@ def evaluate(
         raise ValueError(
             f"--num must be at least 4 and --batch_size at least 1, got {num} and {batch_size}."
         )
-    model = load_model(ckpt_path)
+    model = load_model(ckpt_path, trust)
     data.prepare_data()
     data.setup("test")
     held_out = _take(data.test_dataloader() if split == "test" else data.val_dataloader(), num)

@@ -1,0 +1,130 @@
+"""Numbers that a training must not go on with, found before anything moves."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mmd.game import DivergedError, Player, UpdateRule
+
+__all__ = ["first_not_finite", "refuse_not_finite", "refuse_to_save", "state_of"]
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, None if all are finite.
+
+    One number a tensor is computed, its largest absolute value, and all are looked at together.
+
+    Args:
+        named: Names and tensors, of any shapes; what is no floating-point tensor is passed over.
+
+    Example:
+        >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, float("nan")]))])
+        'b'
+    """
+    by_kind: dict[Any, tuple[list[str], list[Tensor]]] = {}
+    order: dict[str, int] = {}
+    for name, tensor in named:
+        if tensor.is_floating_point() and tensor.numel():
+            names, tensors = by_kind.setdefault((tensor.device, tensor.dtype), ([], []))
+            names.append(name)
+            tensors.append(tensor.detach())
+            order.setdefault(name, len(order))
+    bad: list[str] = []
+    for names, tensors in by_kind.values():
+        finite = _largest(tensors).isfinite()
+        if not finite.all():
+            bad += [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    return min(bad, key=order.__getitem__, default=None)
+
+
+def _largest(tensors: list[Tensor]) -> Tensor:
+    norms: Any = vars(torch)["_foreach_norm"]  # as torch.nn.utils.get_total_norm computes them
+    return torch.stack(list(norms(tensors, math.inf)))
+
+
+def state_of(player: Player) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a player moves by: its parameters, frozen ones too, and its optimizer's state.
+
+    Args:
+        player: Generator or critic.
+    """
+    names = {id(p): inner for inner, p in player.network.named_parameters()}
+    for inner, parameter in player.network.named_parameters():
+        yield f"the parameter {player.name}.{inner}", parameter
+    optimizer = getattr(player.optimizer, "optimizer", player.optimizer)
+    for parameter, state in getattr(optimizer, "state", {}).items():
+        if isinstance(state, Mapping):
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    whose = f"{player.name}.{names.get(id(parameter), '?')}"
+                    yield f"{key} of {whose} in the {player.name}'s optimizer", value
+
+
+def refuse_not_finite(players: Iterable[Player], rule: UpdateRule) -> None:
+    """Look at everything that an update starts from, but for data and latents.
+
+    Args:
+        players: Generator and critic.
+        rule: The rule; its numbers may have been changed while it trains.
+
+    Raises:
+        DivergedError: If a parameter, an optimizer's state, a learning rate or a number of the rule
+            is NaN or infinite; nothing has moved then.
+        ValueError: If a learning rate is negative.
+    """
+    players = list(players)
+    found = first_not_finite(pair for player in players for pair in state_of(player))
+    if found is not None:
+        raise DivergedError(found)
+    for player in players:
+        for group in getattr(player.optimizer, "param_groups", []):
+            rate = float(group["lr"])
+            if not math.isfinite(rate):
+                raise DivergedError(f"the learning rate of the {player.name}")
+            if rate < 0:
+                raise ValueError(
+                    f"the learning rate of the {player.name} is {rate:g}. It must be at least 0: "
+                    "look at its optimizer and scheduler."
+                )
+    for field in fields(rule) if is_dataclass(rule) else ():
+        value = getattr(rule, field.name)
+        if isinstance(value, float) and not math.isfinite(value) and field.init:
+            raise DivergedError(f"{field.name} of {type(rule).__name__}")
+
+
+def refuse_to_save(network: nn.Module, optimizer_states: Any) -> None:
+    """Look at what a checkpoint is about to hold.
+
+    Args:
+        network: The module; its buffers may hold infinities (masks), its parameters none.
+        optimizer_states: The checkpoint's own.
+
+    Raises:
+        DivergedError: If something in it is not finite.
+    """
+    found = first_not_finite(
+        [
+            *((f"the parameter {name}", p) for name, p in network.named_parameters()),
+            *(("the state of an optimizer", t) for t in _tensors(optimizer_states)),
+        ]
+    )
+    if found is not None:
+        raise DivergedError(
+            f"{found} is not finite, so this state is not saved. Go on from the last checkpoint, "
+            "which is left as it is, with lower learning rates."
+        )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
