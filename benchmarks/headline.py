@@ -65,7 +65,7 @@ def methods(data: str) -> dict[str, tuple[str, dict[str, Any], int]]:
     """Return configuration, options and number of updates by the name of a method."""
     short, long = {"digits": (50, 600), "mnist": (60, 300)}[data]
     flow = {"rule.beta": 0.01, "rule.eta": 0.5, "generator_scheduler": decay(short)}
-    ours, adversary = f"{data}.yaml", f"{data}_gradient_ascent.yaml"
+    ours, adversary = f"{data}_closed_form.yaml", f"{data}_gradient_ascent.yaml"
 
     def on_fixed(**model: Any) -> dict[str, Any]:
         flow["rule.max_iterations"] = 8

@@ -22,8 +22,8 @@ from runs import Run, train
 ETAS = (0.05, 0.4, 1.0, 2.5)
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 METHODS = {
-    "closed form": ("digits.yaml", {}),
-    "closed form, trust region": ("digits.yaml", {"model.rule.trust_region": {}}),
+    "closed form": ("digits_closed_form.yaml", {}),
+    "closed form, trust region": ("digits_closed_form.yaml", {"model.rule.trust_region": {}}),
     "gradient ascent": ("digits_gradient_ascent.yaml", {}),
     "gradient ascent, alpha = 0": ("digits_gradient_ascent.yaml", {"model.rule.alpha": 0.0}),
 }
@@ -37,7 +37,7 @@ def adam(lr: float) -> dict[str, Any]:
 def cells(config: str) -> dict[tuple[float, float], dict[str, Any]]:
     """Options of the grid of a configuration, by the learning rates of generator and critic."""
     constant = {"model.generator_scheduler": None}
-    if config == "digits.yaml":
+    if config == "digits_closed_form.yaml":
         return {
             (eta, rate): constant | {"model.rule.eta": eta, "model.critic_optimizer": adam(rate)}
             for eta in ETAS
@@ -75,7 +75,7 @@ def main(
     for axes, (name, (config, options)) in zip(
         figure.subplots(1, len(METHODS)), METHODS.items(), strict=True
     ):
-        updates = num_updates * (1 if config == "digits.yaml" else ascent_factor)
+        updates = num_updates * (1 if config == "digits_closed_form.yaml" else ascent_factor)
         grid = cells(config)
         runs = []
         for rates, cell in grid.items():
@@ -105,7 +105,7 @@ def main(
             axes.text(index % 4, index // 4, f"{run.mmd2[-1]:.2g}", ha="center", va="center")
         firsts = list(dict.fromkeys(rates[0] for rates in grid))
         axes.set(xticks=range(4), xticklabels=RATES, yticks=range(4), yticklabels=firsts)
-        label = "eta" if config == "digits.yaml" else "generator's learning rate"
+        label = "eta" if config == "digits_closed_form.yaml" else "generator's learning rate"
         axes.set(xlabel="critic's learning rate", ylabel=label)
         axes.set_title(f"{name}, {updates} updates", fontsize=8)
     save_figure(figure, directory / "figures/learning_rates.png")

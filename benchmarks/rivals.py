@@ -51,13 +51,13 @@ def adam(parameters: Iterable[Tensor], lr: float, spec: Spec) -> torch.optim.Ada
 
 
 def new_generator(shape: tuple[int, ...], spec: Spec) -> ConvGenerator:
-    """Return the generator of `configs/mnist.yaml`."""
+    """Return the generator of `configs/mnist_closed_form.yaml`."""
     width = spec.get("generator_width", 16)
     return ConvGenerator(shape, LATENT_DIM, (4 * width, 2 * width, width))
 
 
 def new_features(shape: tuple[int, ...], spec: Spec, spectral: bool) -> nn.Module:
-    """Return the features of `configs/mnist.yaml` and an activation."""
+    """Return the features of `configs/mnist_closed_form.yaml` and an activation."""
     width = spec.get("width", 16)
     features = nn.Sequential(ConvFeatures(shape, 256, (width, 2 * width, 4 * width)), nn.SiLU())
     if spec.get("norm") == "none":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_mmd.feature_metrics import FeatureMetrics
     from lightning_mmd.feature_networks import (
         ClassifierFeatures,
+        DigitsFeatures,
         InceptionFeatures,
         TorchvisionFeatures,
     )
@@ -121,7 +122,12 @@ _HOMES = {
     "embedding": ["MeanEmbedding"],
     "estimators": ["Batch", "Estimator", "Lagged", "Split"],
     "feature_metrics": ["FeatureMetrics"],
-    "feature_networks": ["ClassifierFeatures", "InceptionFeatures", "TorchvisionFeatures"],
+    "feature_networks": [
+        "ClassifierFeatures",
+        "DigitsFeatures",
+        "InceptionFeatures",
+        "TorchvisionFeatures",
+    ],
     "features": ["RandomFourierFeatures", "SumFeatures"],
     "flow_bounds": ["noisy_flow_bound", "plain_flow_bound", "smoothness"],
     "flows": ["generator_flow", "point_flow"],

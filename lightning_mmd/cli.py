@@ -28,6 +28,7 @@ from lightning_mmd.callbacks import (
     GracefulStop,
     MMDTracker,
     SampleGrid,
+    SampleQuality,
     StoppedError,
 )
 from lightning_mmd.commands.classifier import train_classifier
@@ -273,7 +274,7 @@ def _model_seed(seed_everything: bool | int) -> int:
 
 
 def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
-    """Describe a finished run: MMD^2 at the start, at the end and its floor, and where files are.
+    """Describe a finished run: MMD^2 at start and end, scores, floors, and where files are.
 
     Args:
         trainer: The trainer after ``fit``.
@@ -286,6 +287,8 @@ def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
     for callback in callbacks_of(trainer):
         if isinstance(callback, MMDTracker) and callback.history:
             lines[0] += f"; {callback.name.replace('mmd2', 'MMD^2')} {_descent(callback)}"
+        if isinstance(callback, SampleQuality) and callback.history:
+            lines.append(f"quality:    {_quality(callback)}")
         if isinstance(callback, SampleGrid) and callback.last_path:
             lines.append(f"samples:    {callback.last_path}")
         if isinstance(callback, ConvergenceMonitor) and callback.verdict:
@@ -293,6 +296,17 @@ def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
     if checkpoint is not None:
         lines.append(f"checkpoint: {checkpoint}")
     return "\n".join(lines)
+
+
+def _quality(callback: SampleQuality) -> str:
+    names = {"fid": "FID", "kid": "KID"}
+    scores = [
+        f"{shown} {callback.last[name]:.3g}"
+        + (f" (real against real {callback.floors[name]:.2g})" if name in callback.floors else "")
+        for name, shown in names.items()
+        if name in callback.last
+    ]
+    return f"{', '.join(scores)} in {callback.facts()['features']}"
 
 
 def _descent(tracker: MMDTracker) -> str:

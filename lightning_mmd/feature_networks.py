@@ -5,11 +5,15 @@ from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mmd.classifier import ImageClassifier
+from lightning_mmd.data import DigitsDataModule
+from lightning_mmd.networks import ConvClassifier
+from lightning_mmd.passes import seeded
 
-__all__ = ["ClassifierFeatures", "InceptionFeatures", "TorchvisionFeatures"]
+__all__ = ["ClassifierFeatures", "DigitsFeatures", "InceptionFeatures", "TorchvisionFeatures"]
 
 _BUILDS_CLASSIFIER = ("sample_shape", "num_classes", "num_features", "channels")
 
@@ -146,3 +150,34 @@ def _no_download(name: str, error: URLError) -> str:
         "them, or judge by a classifier: lightning-mmd classifier --config "
         "configs/features_mnist.yaml"
     )
+
+
+class DigitsFeatures(nn.Module):
+    """Features of a classifier of scikit-learn's digits, trained in the seconds that this takes.
+
+    It is trained on the training split of `DigitsDataModule` alone, from seed 0, and is about 97 %
+    right on the test split. Nothing is downloaded or kept.
+    """
+
+    sample_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        data = DigitsDataModule(batch_size=64, labels=True)
+        data.setup()
+        with seeded(torch.device("cpu"), 0), torch.enable_grad():
+            classifier = ConvClassifier(self.sample_shape, 10, 64, (16, 32)).float()
+            optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3)
+            for epoch in range(20):
+                loader = data.train_dataloader()
+                loader.sampler.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+                for images, labels in loader:
+                    loss = F.cross_entropy(classifier(images), labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        self.classifier = classifier.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map digits (n, 1, 8, 8) in [-1, 1] to features (n, 64)."""
+        return self.classifier.features(images.float())

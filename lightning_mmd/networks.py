@@ -62,6 +62,8 @@ class ConvFeatures(nn.Module):
         sample_shape: Shape (c, h, w) of an image.
         num_features: Length of the feature vector.
         channels: Channels of the convolutions; each halves the image.
+        activated: Whether SiLU follows the last map. A `LearnedKernelCritic` is linear in its
+            features: without, their last map and its weights are one linear map.
 
     Raises:
         ValueError: If ``sample_shape`` is not (c, h, w).
@@ -72,6 +74,7 @@ class ConvFeatures(nn.Module):
         sample_shape: Sequence[int],
         num_features: int = 256,
         channels: Sequence[int] = (16, 32, 64),
+        activated: bool = False,
     ) -> None:
         super().__init__()
         before, height, width = _check_image_shape(sample_shape, 0)
@@ -80,6 +83,7 @@ class ConvFeatures(nn.Module):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), *_normalised(after)]
             before, height, width = after, (height + 1) // 2, (width + 1) // 2
         layers += [nn.Flatten(), nn.Linear(before * height * width, num_features)]
+        layers += [nn.SiLU()] if activated else []
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

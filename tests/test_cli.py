@@ -23,7 +23,7 @@ def single_precision_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def fit(*args, config="digits.yaml"):
+def fit(*args, config="digits_closed_form.yaml"):
     main(["fit", "--config", str(CONFIGS / config), *SHORT, *args])
 
 
@@ -31,7 +31,7 @@ def fit(*args, config="digits.yaml"):
 def checkpoint(tmp_path, capsys):
     """A checkpoint of a short run on the digits, made by the command line."""
     fit("--trainer.callbacks.every_n_train_steps=2")  # of the last callback, ModelCheckpoint
-    (path,) = tmp_path.glob("runs/digits/version_0/checkpoints/*step=4.ckpt")
+    (path,) = tmp_path.glob("runs/digits_closed_form/version_0/checkpoints/*step=4.ckpt")
     capsys.readouterr()
     return path
 
@@ -59,13 +59,22 @@ def test_a_checkpoint_loads_by_its_path_alone(checkpoint):
 def test_fit_test_and_sample_take_a_checkpoint(checkpoint, tmp_path, capsys):
     fit(f"--ckpt_path={checkpoint}", "--trainer.max_steps=6")
     assert "6 generator updates" in capsys.readouterr().out
-    main(["test", "--config", str(CONFIGS / "digits.yaml"), f"--ckpt_path={checkpoint}"])
+    main(
+        ["test", "--config", str(CONFIGS / "digits_closed_form.yaml"), f"--ckpt_path={checkpoint}"]
+    )
     assert "test/mmd2" in capsys.readouterr().out
     main(["sample", f"--ckpt_path={checkpoint}", "--num=6", "--num_columns=3", "--output=a/b.png"])
     with Image.open(tmp_path / "a/b.png") as image:
         assert image.size == (2 + 3 * 10, 2 + 2 * 10)
         assert len(image.convert("L").getcolors()) > 20
-    main(["validate", "--config", str(CONFIGS / "digits.yaml"), f"--ckpt_path={checkpoint}"])
+    main(
+        [
+            "validate",
+            "--config",
+            str(CONFIGS / "digits_closed_form.yaml"),
+            f"--ckpt_path={checkpoint}",
+        ]
+    )
     assert "val/gap" in capsys.readouterr().out
 
 
@@ -73,7 +82,7 @@ def test_sample_uses_averaged_weights_when_the_checkpoint_has_them(checkpoint, t
     main(["sample", f"--ckpt_path={checkpoint}", "--num=4", "--output=live.png"])
     assert capsys.readouterr().out == "4 samples: live.png\n"
     fit("--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_life=2")
-    (path,) = tmp_path.glob("runs/digits/version_1/checkpoints/last.ckpt")
+    (path,) = tmp_path.glob("runs/digits_closed_form/version_1/checkpoints/last.ckpt")
     capsys.readouterr()
     main(["sample", f"--ckpt_path={path}", "--num=4", "--output=averaged.png"])
     assert capsys.readouterr().out == "4 samples (averaged weights): averaged.png\n"
@@ -92,7 +101,7 @@ def test_a_run_resumed_by_the_command_line_is_the_uninterrupted_one(checkpoint, 
         "--trainer.max_steps=8",
         "--trainer.callbacks.every_n_train_steps=4",
     )
-    (path,) = tmp_path.glob("runs/digits/version_1/checkpoints/*step=8.ckpt")
+    (path,) = tmp_path.glob("runs/digits_closed_form/version_1/checkpoints/*step=8.ckpt")
     state = torch.load(path, weights_only=True)
     assert state["global_step"] == 8
     assert state["mmdgan"]["critic_step"] == 8
@@ -135,7 +144,7 @@ def test_wandb_without_a_login_goes_offline_instead_of_asking(tmp_path, monkeypa
             "lightning_mmd.cli",
             "fit",
             "--config",
-            CONFIGS / "digits.yaml",
+            CONFIGS / "digits_closed_form.yaml",
             "--config",
             CONFIGS / "loggers/wandb.yaml",
             *SHORT,
@@ -155,7 +164,7 @@ def test_tensorboard_composes(tmp_path):
     fit("--config", str(CONFIGS / "loggers/tensorboard.yaml"), "--trainer.log_every_n_steps=1")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (log_dir,) = tmp_path.glob("runs/digits/version_0")
+    (log_dir,) = tmp_path.glob("runs/digits_closed_form/version_0")
     events = EventAccumulator(str(log_dir))
     events.Reload()
     assert [event.step for event in events.Scalars("critic/gap")] == [1, 2, 3, 4]
@@ -205,7 +214,7 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
 )
 def test_bad_input_is_one_clear_message(args, message, tmp_path, capsys):
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
-    config = "toy_gaussians.yaml" if "kernel" in args[0] else "digits.yaml"
+    config = "toy_gaussians.yaml" if "kernel" in args[0] else "digits_closed_form.yaml"
     if "kernel" in args[0]:  # a list on the command line: lay a second file over the first
         broken = yaml.safe_load((CONFIGS / config).read_text())["trainer"]["callbacks"]
         broken[1]["init_args"]["kernel"]["class_path"] = "Gausian"
@@ -233,7 +242,7 @@ def test_the_configuration_rules_over_the_checkpoint(checkpoint, tmp_path):
         UserWarning, match=r"trained by ClosedForm\(.*beta=0.1.*goes on with .*beta=0.5"
     ):
         fit(f"--ckpt_path={checkpoint}", "--trainer.max_steps=6", "--model.rule.beta=0.5")
-    path = tmp_path / "runs/digits/version_1/checkpoints/last.ckpt"
+    path = tmp_path / "runs/digits_closed_form/version_1/checkpoints/last.ckpt"
     recorded = torch.load(path, weights_only=True)
     assert recorded["hyper_parameters"]["rule"]["init_args"]["beta"] == 0.5
     assert recorded["global_step"] == 6
@@ -246,12 +255,12 @@ def test_own_networks_are_found_and_the_bar_can_be_left_out(tmp_path, monkeypatc
     )
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     fit("--model.generator.class_path=mynets.MyGenerator", "--trainer.enable_progress_bar=false")
-    assert (tmp_path / "runs/digits/version_0/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "runs/digits_closed_form/version_0/checkpoints/last.ckpt").is_file()
 
 
 def test_the_seed_is_the_models_too(tmp_path):
     fit("--seed_everything=3")
-    path = tmp_path / "runs/digits/version_0/checkpoints/last.ckpt"
+    path = tmp_path / "runs/digits_closed_form/version_0/checkpoints/last.ckpt"
     assert MMDGAN.load_from_checkpoint(path).seed == 3
 
 
@@ -298,9 +307,9 @@ def test_sample_refuses_to_draw_nothing(checkpoint):
 def test_callbacks_and_their_schedules_go_by_bare_name(tmp_path):
     noise = {"class_path": "HalvingNoise", "init_args": {"initial": 0.1, "every": 2}}
     added = {"class_path": "NoiseInjection", "init_args": {"schedule": noise}}
-    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
+    config = yaml.safe_load((CONFIGS / "digits_closed_form.yaml").read_text())
     config["trainer"]["callbacks"] += [added]
     (tmp_path / "noise.yaml").write_text(yaml.safe_dump(config))
     fit("--trainer.log_every_n_steps=1", config=tmp_path / "noise.yaml")
-    (rows,) = tmp_path.glob("runs/digits/version_0/metrics.csv")
+    (rows,) = tmp_path.glob("runs/digits_closed_form/version_0/metrics.csv")
     assert "noise/level" in rows.read_text().splitlines()[0]

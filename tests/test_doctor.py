@@ -21,7 +21,7 @@ from lightning_mmd.commands.doctor import advise, check_parity, examine, suspici
 from lightning_mmd.kernels import Gaussian
 from lightning_mmd.networks import ConvGenerator, MLPFeatures, MLPGenerator
 
-DIGITS = Path(__file__).parent.parent / "configs/digits.yaml"
+DIGITS = Path(__file__).parent.parent / "configs/digits_closed_form.yaml"
 
 
 class Normalised(nn.Module):
