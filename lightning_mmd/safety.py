@@ -116,12 +116,12 @@ class Policy(ABC):
 
     def _walk(self, value: Any, declared: _Declared, name: str) -> None:
         if isinstance(value, str):
-            if "class_path" in value:  # a parser reads such a text as what it says
+            if ":" in value:  # a parser reads such a text as what it says
                 try:
                     inner = yaml.safe_load(value)
-                except yaml.YAMLError:
+                except (yaml.YAMLError, ValueError):
                     return
-                if not isinstance(inner, str):
+                if inner != value:
                     self._walk(inner, (), name)
         elif isinstance(value, (Mapping, Namespace)):
             path = value.get("class_path")

@@ -1,6 +1,7 @@
 """No file runs code, neither checkpoint nor configuration, and no secret is written."""
 
 import copy
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mmd import MMDGAN
@@ -102,6 +105,10 @@ PLACES = {
     "an untyped argument": lambda bad: {"critic": linear(bad)},
     "an untyped argument, as text": lambda bad: {"critic": linear(yaml.safe_dump(bad))},
     "a list": lambda bad: {"critic": linear([bad])},
+    "dict_kwargs, as text with escapes": lambda bad: {
+        "critic": spec("torch.nn.Linear", in_features=2, out_features=2)
+        | {"dict_kwargs": {"device": json.dumps(bad).replace("_", "\\u005f")}}
+    },
     "dict_kwargs": lambda bad: {
         "critic": spec("torch.nn.Linear", in_features=2, out_features=2)
         | {"dict_kwargs": {"device": bad}}
@@ -112,7 +119,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_checkpoint_builds_nothing_that_runs_code(saved, payload, place):
-    """16 payloads at 9 places: 144 hostile checkpoints, none of which runs anything."""
+    """16 payloads at 10 places: 160 hostile checkpoints, none of which runs anything."""
     hostile = copy.deepcopy(saved)
     hostile["hyper_parameters"] |= PLACES[place](copy.deepcopy(PAYLOADS[payload]))
     torch.save(hostile, "hostile.ckpt")
@@ -296,6 +303,52 @@ def test_policies_on_plain_specs():
     assert not takes({"x": print}, own)
     assert not takes({"x": "{class_path: os.system, init_args: {command: ls}}"}, own)
     assert takes({"x": "class_path is a word here"}, own)
+
+
+plain = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+harmless = st.recursive(
+    plain | st.just(spec("torch.nn.ReLU")),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b", "init_args"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    parts=st.lists(harmless, max_size=3),
+    path=st.lists(st.sampled_from(["list", "dict", "spec", "text"]), max_size=4),
+    payload=st.sampled_from(sorted({*PAYLOADS} - {"a network of torchmetrics"})),
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
+def test_a_payload_is_found_however_it_is_wrapped(parts, path, payload):
+    """Lists, dictionaries, arguments of other classes and texts, nested at random."""
+    bad = copy.deepcopy(PAYLOADS[payload])
+    for kind in path:
+        bad = {
+            "list": lambda b: [*parts, b],
+            "dict": lambda b: {"a": parts, "b": b},
+            "spec": lambda b: spec("torch.nn.Linear", device=b),
+            "text": yaml.safe_dump,
+        }[kind](bad)
+    with pytest.raises(UntrustedError):
+        Checkpoint().check({"x": parts, "y": bad})
+    Checkpoint().check({"x": parts})
+    assert "evil" not in sys.modules
+
+
+@given(text=st.text(max_size=60) | st.from_regex(r"(class_path: [a-z.:{}\[\] ]{0,30}\n?){1,2}"))
+@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
+def test_any_text_is_plain_or_refused(text):
+    """The walk raises nothing but its own error, whatever YAML makes of a text."""
+    for policy in (Configuration(), Checkpoint()):
+        try:
+            policy.check({"x": text})
+        except UntrustedError:
+            pass
+        except ImportError:  # of a module that a configuration may name
+            assert type(policy) is Configuration
 
 
 SECRETS = {

@@ -70,6 +70,10 @@ class OnDivergence(Callback):
         self._folder: Path | None = None
         self._kept: int | None = None
 
+    def stretch(self, factor: int) -> None:
+        """Let shorter steps be kept at the same times."""
+        self.every_n_steps *= factor
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, MMDGAN):
             raise TypeError(

@@ -62,6 +62,9 @@ class GracefulStop(Callback):
         StoppedError: From ``trainer.fit``, once the checkpoint is written.
     """
 
+    onlooker = True
+    """Training is the same without the callback."""
+
     def __init__(self, limit: float = 30.0) -> None:
         if not isinstance(limit, (int, float)) or not limit > 0:
             raise ValueError(f"limit must be a positive number of seconds, got {limit!r}.")
