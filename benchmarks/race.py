@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/race.py DATA --plan search      # one run after another
     OMP_NUM_THREADS=1 python benchmarks/race.py DATA method=deep_kernel lr=3e-3 seconds=240
-    python benchmarks/race.py --report
+    python benchmarks/race_report.py
 
 A run trains for some processor seconds of one thread; at 30, 60, 120, 240 and 480 seconds the
 judge scores 10,000 samples of the averaged generator (`judge.py`). Each score is a row of

@@ -1,10 +1,12 @@
 r"""A weight of a penalty that follows the sizes of gradients, so that no unit has to be known."""
 
+import copy
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["AutoAlpha", "Takeover"]
+__all__ = ["AutoAlpha", "FixedAlpha", "as_weight"]
 
 
 @dataclass
@@ -69,37 +71,62 @@ class AutoAlpha:
         self._mean, self._steps = state["mean"], state["steps"]
 
 
-class Takeover:
-    """Notices a fixed weight under which a penalty is nearly all that trains a critic.
+class FixedAlpha:
+    """A fixed weight, which warns once where it leaves a critic nothing but its penalty.
 
     Args:
-        share: Share of the penalty's gradient in the sum of both norms, from which on a step counts
-            as taken over.
-        patience: Such steps in a row until it is said, once.
+        alpha: The weight, >= 0.
+        share: Mean share of the penalty's gradient in the sum of both norms that is warned of.
+        patience: Steps of that mean, and least number of steps before a warning.
     """
 
-    def __init__(self, share: float = 0.8, patience: int = 50) -> None:
+    def __init__(self, alpha: float, share: float = 0.8, patience: int = 50) -> None:
+        self.alpha = alpha
         self._share, self._patience = share, patience
-        self._steps, self._said = 0, False
+        self._mean, self._steps, self._said = 0.0, 0, False
 
-    def notice(self, alpha: float, penalty: float, other: float) -> str | None:
-        """Return a warning where it is time for one.
+    def update(self, penalty: float, other: float) -> float:
+        """Return the weight; see :meth:`AutoAlpha.update`."""
+        weighted = self.alpha * penalty
+        if not 0 < weighted + other < math.inf:
+            return self.alpha
+        share = weighted / (weighted + other)
+        self._steps += 1
+        self._mean += (share - self._mean) * max(1 / self._steps, 1 / self._patience)
+        if self._steps >= self._patience and self._mean > self._share and not self._said:
+            self._said = True
+            warnings.warn(
+                f"alpha={self.alpha:g} has made the parametric-gradient penalty {self._mean:.0%} "
+                f"of the critic's gradient over {self._patience} steps: the critic is held flat "
+                "along the generator, which then cannot learn. Use alpha='auto', or at most about "
+                f"alpha={0.1 * other / penalty:.1g} with this generator.",
+                stacklevel=2,
+            )
+        return self.alpha
 
-        Args:
-            alpha: The weight.
-            penalty: Norm of the penalty's gradient at alpha = 1.
-            other: Norm of the other gradient.
-        """
-        taken = alpha * penalty > self._share / (1 - self._share) * other
-        self._steps = self._steps + 1 if taken else 0
-        if self._said or self._steps < self._patience:
-            return None
-        self._said = True
-        share = alpha * penalty / (alpha * penalty + other)
-        better = 0.1 * other / penalty if penalty > 0 else 0.0
-        return (
-            f"alpha={alpha:g} has made the parametric-gradient penalty {share:.0%} of the critic's "
-            f"gradient for {self._patience} steps: the critic is held flat along the generator, "
-            "which then cannot learn. Use alpha='auto', or at most about "
-            f"alpha={better:.1g} with this generator."
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a warning may be said again."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def as_weight(alpha: "float | str | AutoAlpha") -> "AutoAlpha | FixedAlpha":
+    """Return what gives alpha at each step.
+
+    Args:
+        alpha: A number >= 0, ``"auto"`` or an `AutoAlpha`, which is copied.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if alpha == "auto":
+        return AutoAlpha()
+    if isinstance(alpha, AutoAlpha):
+        return copy.deepcopy(alpha)
+    if isinstance(alpha, (str, bool)) or alpha is None or not 0 <= alpha < math.inf:
+        raise ValueError(
+            f"alpha must be 'auto', an AutoAlpha or a finite number >= 0, got {alpha!r}."
         )
+    return FixedAlpha(alpha)

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
 from lightning_mmd.game import DivergedError, Game, Player, UpdateRule, check_weights, without
 from lightning_mmd.penalties import critic_terms
-from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.witness import System, WitnessSolution, solve_embedding
 
 __all__ = ["ClosedForm", "TrustRegion"]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_values import refuse_once_differentiable
 from lightning_mmd.latents import Inputs, as_inputs, select
 from lightning_mmd.passes import Replay, full_precision, unfused_attention
-from lightning_mmd.pushforward import Pushforward, refuse_once_differentiable
+from lightning_mmd.pushforward import Pushforward
 
 __all__ = ["EmbeddingPart", "MeanEmbedding"]
 

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.estimators import Estimator, Lagged, num_penalised
 from lightning_mmd.game import DivergedError, Game, UpdateRule, check_weights
@@ -34,7 +35,6 @@ from lightning_mmd.penalties import (
     penalised_critic,
     rkhs_norm_penalty,
 )
-from lightning_mmd.pushforward import evaluate_critic
 
 __all__ = ["GradientAscent"]
 

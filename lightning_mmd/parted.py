@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.game import Game, Player, Processes
 from lightning_mmd.passes import Replay, frozen_power_iterations
-from lightning_mmd.pushforward import evaluate_critic
 
 __all__ = [
     "PartedPass",

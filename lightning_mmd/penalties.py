@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_mmd.critic_values import evaluate_critic, refuse_once_differentiable
 from lightning_mmd.critic_warnings import warn_of_kinks, warn_of_sigmoid
 from lightning_mmd.estimators import Batch, Estimator
 from lightning_mmd.latents import Inputs, as_inputs, select
@@ -20,12 +21,7 @@ from lightning_mmd.passes import (
     random_state_kept,
     unfused_attention,
 )
-from lightning_mmd.pushforward import (
-    Pushforward,
-    evaluate_critic,
-    parametric_gradient,
-    refuse_once_differentiable,
-)
+from lightning_mmd.pushforward import Pushforward, parametric_gradient
 
 __all__ = [
     "Held",

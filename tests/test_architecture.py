@@ -15,6 +15,7 @@ FLOORS = {
     "auto_alpha": 1,
     "points": 0,
     "batches": 1,
+    "critic_values": 1,
     "critic_warnings": 1,
     "heartbeat": 1,
     "kernels": 1,

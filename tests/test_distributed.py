@@ -118,7 +118,7 @@ class WholeNoise(NoiseInjection):
     """One process that draws the noise of two."""
 
     def _draw(self, x):
-        num_draws, parts = self._draws, []
+        num_draws, parts = self._draws if self._drawn_at == self.updates else 0, []
         for self._rank, part in enumerate(x.chunk(2)):
             self._draws = num_draws
             parts.append(super()._draw(part))

@@ -227,7 +227,7 @@ def test_restore_puts_the_good_state_back_and_halves_the_rates(make, tmp_path):
     for index, state in good["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             assert torch.equal(found["optimizer"]["state"][index][name], value)
-    for name, value in good["averaged_generator"].items():
+    for name, value in good["mmdgan"]["average"].items():
         assert torch.equal(found["average"][name], value)
     assert repr(found["rule"]) == repr(good["mmdgan"]["rule_state"])
     assert found["clocks"] == (5, 5)

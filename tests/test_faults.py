@@ -88,7 +88,7 @@ def test_wandb_online_without_a_key_trains_offline(tmp_path):
 def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:

@@ -452,7 +452,7 @@ def test_critic_steps_before_any_latents(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
+        ({"alpha": -1.0}, "alpha must be 'auto', an AutoAlpha or a finite number >= 0, got -1.0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"estimator": Lagged()}, r"Batch\(\), Split\(\) or one of your own, got Lagged"),
         ({"estimator": "batch"}, "got 'batch'"),

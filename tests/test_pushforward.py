@@ -30,6 +30,7 @@ from reference import (
 )
 from torch import nn
 
+from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.embedding import MeanEmbedding
 from lightning_mmd.features import RandomFourierFeatures
 from lightning_mmd.kernels import Gaussian
@@ -40,7 +41,6 @@ from lightning_mmd.pushforward import (
     DerivativeFallbackWarning,
     Pushforward,
     _failed_routes,
-    evaluate_critic,
     parametric_gradient,
     parametric_tangent,
 )

@@ -236,6 +236,7 @@ def test_a_configuration_builds_only_classes_that_fit(payload, place, capsys):
 
 def test_what_a_checkpoint_may_build(saved, monkeypatch):
     """A user's own classes: where the program has imported them, or trusts them by name."""
+    monkeypatch.delitem(sys.modules, "mynets", raising=False)  # of another test
     Path("mynets.py").write_text(
         "import torch\n"
         "from lightning_mmd.networks import ConvGenerator\n"

@@ -481,7 +481,7 @@ WRONG = [  # call, error, text
     (
         "ParametricGradientPenalty(-1.0)",
         ValueError,
-        "alpha must be a finite number >= 0, got -1.0.",
+        "alpha must be 'auto', an AutoAlpha or a finite number >= 0, got -1.0.",
     ),
     (
         "GaussianMixtureDataModule(batch_size=0)",

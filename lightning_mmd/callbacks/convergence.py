@@ -18,13 +18,13 @@ from lightning_mmd.callbacks.images import RangeCheck, training_images
 from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.callbacks.loggers import describe, send_scalars
 from lightning_mmd.callbacks.observing import observing
+from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.game import DivergedError
 from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import evaluating
 from lightning_mmd.processes import together
-from lightning_mmd.pushforward import evaluate_critic
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
 from lightning_mmd.wide import at_least_float32, widen
 

@@ -2,17 +2,15 @@
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mmd.auto_alpha import AutoAlpha, Takeover
+from lightning_mmd.auto_alpha import AutoAlpha, as_weight
 from lightning_mmd.batches import BatchParts
 from lightning_mmd.callbacks.batches import batch_size
 from lightning_mmd.callbacks.calls import CriticCall, LatentLog, first_tensor
@@ -121,13 +119,7 @@ class ParametricGradientPenalty(Clocked):
         generator_output: Callable | None = None,
         batch: BatchParts | None = None,
     ) -> None:
-        if alpha == "auto":
-            alpha = AutoAlpha()
-        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not (isinstance(alpha, AutoAlpha) or (is_number and 0 <= alpha < math.inf)):
-            raise ValueError(
-                f"alpha must be 'auto', an AutoAlpha or a finite number >= 0, got {alpha!r}."
-            )
+        self._weight = as_weight(alpha)
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}.")
         estimator = Batch() if estimator is None else copy.deepcopy(estimator)
@@ -137,7 +129,7 @@ class ParametricGradientPenalty(Clocked):
                 f"{estimator!r}. (Lagged needs the generator's mean gradients, which only MMDGAN "
                 "hands on.)"
             )
-        self.alpha = copy.deepcopy(alpha)
+        self.alpha = alpha
         self.generator = generator
         self.critic = critic
         self.latents = None if latents is None else Latents.of(latents)
@@ -178,7 +170,6 @@ class ParametricGradientPenalty(Clocked):
         self._optimizer = critics_optimizer(self, trainer, self._networks)
         super().on_fit_start(trainer, pl_module)
         self._trainer, self._log = trainer, Log()
-        self._takeover = Takeover()
         # Which parameters count is settled now: a toggled module hides some of them later.
         self._generator_parameters = trainable_parameters(generator)
         self._seen = False
@@ -368,7 +359,7 @@ class ParametricGradientPenalty(Clocked):
         flat = torch.cat([penalty.detach().reshape(1), *(g.reshape(-1) for g in gradients)])
         value, added = mean_over_processes(trainer, flat).split([1, len(flat) - 1])
         others = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
-        alpha = self._weight(self.interval / 2 * float(added.norm()), float(others))
+        alpha = self._weight.update(self.interval / 2 * float(added.norm()), float(others))
         added = alpha / 2 * self.interval * added
         for p, g in zip(parameters, added.split([p.numel() for p in parameters]), strict=True):
             g = g.view_as(p).to(p.dtype)
@@ -380,15 +371,6 @@ class ParametricGradientPenalty(Clocked):
             "share": share.float(),
             "alpha": size.new_tensor(alpha).float(),
         }
-
-    def _weight(self, penalty: float, other: float) -> float:
-        """Return alpha of this step, given norms of gradients that all processes share."""
-        if isinstance(self.alpha, AutoAlpha):
-            return self.alpha.update(penalty, other)
-        warning = self._takeover.notice(self.alpha, penalty, other)
-        if warning is not None:
-            rank_zero_warn(warning)
-        return self.alpha
 
     def _read(self, output: Any, num: int) -> Tensor:
         return read_values(self, self.critic, output, num, self.critic_values)
@@ -416,13 +398,10 @@ class ParametricGradientPenalty(Clocked):
                 pl_module.clip_gradients = self._clip
 
     def state_dict(self) -> dict[str, Any]:
-        state = {**super().state_dict(), "critic_step": self.critic_step}
-        if isinstance(self.alpha, AutoAlpha):
-            state["alpha"] = self.alpha.state_dict()
-        return state
+        weight = self._weight.state_dict()
+        return {**super().state_dict(), "critic_step": self.critic_step, "alpha": weight}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.critic_step = state_dict["critic_step"]
-        if isinstance(self.alpha, AutoAlpha) and "alpha" in state_dict:
-            self.alpha.load_state_dict(state_dict["alpha"])
+        self._weight.load_state_dict(state_dict["alpha"])

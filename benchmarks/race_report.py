@@ -1,0 +1,118 @@
+"""Tables and figure of the race, from the rows of `results/race.csv`.
+
+python benchmarks/race_report.py
+"""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+NAMES = {
+    "ascent": "GradientAscent",
+    "deep_kernel": "DeepKernel",
+    "nonsaturating_r1": "non-saturating + R1",
+    "hinge_spectral": "hinge + spectral norm",
+    "relativistic_r1_r2": "relativistic + R1 + R2",
+    "wgan_gp": "WGAN-GP",
+    "gfmn": "GFMN (frozen features of a classifier that saw labels)",
+    "mmd_proximal": "MMD GAN, proximal term",
+}
+Row = dict[str, str]
+
+
+def read(path: Path = HERE / "results" / "race.csv") -> list[Row]:
+    """Return all rows."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def label(row: Row) -> str:
+    """Return a method's name with the options that tell its runs apart."""
+    options = json.loads(row["options"])
+    text = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"{NAMES.get(row['method'], row['method'])}: {text}"
+
+
+def finals(rows: list[Row], split: str = "test") -> dict[str, dict[int, list[Row]]]:
+    """Return rows on a split by method and mark."""
+    found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["split"] == split:
+            found[label(row)][int(row["seconds"])].append(row)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Return a median, with lowest and highest where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def final_table(rows: list[Row]) -> list[str]:
+    """Return the table of runs on test images: FID; KID, medians over seeds."""
+    found = finals(rows)
+    marks = sorted({mark for runs in found.values() for mark in runs})
+    lines = ["| method | seeds | " + " | ".join(f"{mark} s" for mark in marks) + " |"]
+    lines.append("|---" * (len(marks) + 2) + "|")
+    for name, runs in found.items():
+        cells = []
+        for mark in marks:
+            fid = [float(row["fid"]) for row in runs.get(mark, [])]
+            kid = [float(row["kid"]) for row in runs.get(mark, [])]
+            cells.append(f"{spread(fid)}; {spread(kid)}" if fid else "")
+        seeds = max(len(rows) for rows in runs.values())
+        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def search_table(rows: list[Row], marks: tuple[int, ...] = (30, 60, 120)) -> list[str]:
+    """Return the table of searching runs, seed 0, on the validation split: FID; KID."""
+    found = finals(rows, "validation")
+    lines = ["| run | " + " | ".join(f"{mark} s" for mark in marks) + " |", "|---" * 4 + "|"]
+    for name, runs in found.items():
+        cells = [
+            f"{float(runs[m][0]['fid']):.0f}; {float(runs[m][0]['kid']):.0f}"
+            if m in runs
+            else "cut"
+            for m in marks
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw FID against processor seconds, the median of the seeds and each of them."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for axis, score in zip(axes, ("fid", "kid"), strict=True):
+        for name, runs in finals(rows).items():
+            if max(len(r) for r in runs.values()) < 2:
+                continue
+            marks = sorted(runs)
+            middle = [median(float(row[score]) for row in runs[mark]) for mark in marks]
+            (line,) = axis.plot(marks, middle, label=name.split(":")[0])
+            for mark in marks:
+                values = [float(row[score]) for row in runs[mark]]
+                axis.plot([mark] * len(values), values, ".", color=line.get_color(), alpha=0.5)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="processor seconds, one thread",
+            ylabel=f"{score.upper()} to test images",
+        )
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    every = read()
+    print("\n".join(final_table(every)), end="\n\n")
+    print("\n".join(search_table(every)))
+    draw(every, HERE / "figures" / "race.png")
