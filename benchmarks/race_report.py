@@ -91,7 +91,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axis, score in zip(axes, ("fid", "kid"), strict=True):
         for name, runs in finals(rows).items():
-            if max(len(r) for r in runs.values()) < 2:
+            if max(runs) < 480:
                 continue
             marks = sorted(runs)
             middle = [median(float(row[score]) for row in runs[mark]) for mark in marks]
@@ -105,6 +105,10 @@ def draw(rows: list[Row], path: Path) -> None:
             xlabel="processor seconds, one thread",
             ylabel=f"{score.upper()} to test images",
         )
+        axis.set_xticks([30, 60, 120, 240, 480], ["30", "60", "120", "240", "480"])
+        axis.set_xticks([], minor=True)
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "1235" else "")
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
