@@ -40,6 +40,7 @@ FIELDS = [
     "judge_accuracy", "commit", "torch", "processor", "date",
 ]  # fmt: skip
 DEFAULTS = {"data": "MNIST", "split": "validation", "seed": 0, "seconds": 120, "average": "0.01"}
+COMMON = ("data", "split", "method", "seed", "seconds")  # columns of their own
 HOPELESS = 2.0  # while searching, a run ends early where its KID is so many times the best rate's
 
 
@@ -123,7 +124,8 @@ def train(spec: Spec, images: Images, judge: Judge, pictures: Path) -> None:
             pictures.mkdir(parents=True, exist_ok=True)
             save_image(samples, pictures / name, nrow=8, normalize=True, value_range=(-1, 1))
             print(
-                f"{key(spec)[0]} seed {spec['seed']}: {marks[0]} s, {step} updates, "
+                f"{spec['method']} {options_of(spec)} seed {spec['seed']}: "
+                f"{marks[0]} s, {step} updates, "
                 + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()),
                 flush=True,
             )
@@ -145,16 +147,10 @@ def hopeless(spec: Spec, mark: int, scores: dict[str, float]) -> bool:
     return mark >= 30 and bool(rivals) and scores["kid"] > HOPELESS * min(rivals) + 20
 
 
-def key(spec: Spec) -> tuple[str, ...]:
-    """Return what tells runs apart."""
-    common = ("data", "split", "loop", "method", "seed", "seconds")
-    options = {k: v for k, v in sorted(spec.items()) if k not in common and DEFAULTS.get(k) != v}
-    return (f"{spec['method']} {json.dumps(options)}", *(str(spec.get(k, "bare")) for k in common))
-
-
 def options_of(spec: Spec) -> str:
     """Return the options that are not defaults, as JSON."""
-    return key(spec)[0].split(" ", 1)[1]
+    options = {k: v for k, v in sorted(spec.items()) if k not in COMMON and DEFAULTS.get(k) != v}
+    return json.dumps(options)
 
 
 def append(spec: Spec, mark: int, step: int, seen: int, scores: dict[str, Any]) -> None:
@@ -226,7 +222,7 @@ def main(root: str, texts: list[list[str]]) -> None:
     for spec in map(parse, texts):
         if done(spec):
             continue
-        claim = CACHE / "claims" / f"{zlib.crc32(str(key(spec)).encode()):08x}"
+        claim = CACHE / "claims" / f"{zlib.crc32(repr(sorted(spec.items())).encode()):08x}"
         claim.parent.mkdir(parents=True, exist_ok=True)
         if claim.exists() and os.path.exists(f"/proc/{claim.read_text()}"):
             continue  # another process is at it

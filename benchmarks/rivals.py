@@ -24,6 +24,7 @@ from lightning_mmd import (
     SlopePenalty,
     UpdateRule,
 )
+from lightning_mmd.kernel_objectives import Repulsive, deep_mmd2
 from lightning_mmd.kernels import Gaussian, Kernel, RationalQuadratic, SumKernel
 from lightning_mmd.networks import ConvFeatures, ConvGenerator
 from lightning_mmd.objectives import Hinge, Linear, Logistic
@@ -194,13 +195,6 @@ class ProximalMMD(Rival):
         self.past = copy.deepcopy(self.generator)
         self.kernel = SumKernel([RationalQuadratic(alpha=a) for a in (0.2, 0.5, 1.0, 2.0, 5.0)])
 
-    def mmd2(self, real: Tensor, fake: Tensor) -> Tensor:
-        def off(gram: Tensor) -> Tensor:
-            return (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
-
-        k = self.kernel
-        return off(k(real, real)) + off(k(fake, fake)) - 2 * k(real, fake).mean()
-
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         e_real, e_fake = self.critic(real), self.critic(fake)
         between = torch.lerp(fake, real, torch.rand(len(real), 1, 1, 1)).requires_grad_()
@@ -208,7 +202,7 @@ class ProximalMMD(Rival):
         witness = self.kernel(e, e_real).mean(1) - self.kernel(e, e_fake).mean(1)
         (slope,) = torch.autograd.grad(witness.sum(), between, create_graph=True)
         penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
-        return self.spec.get("gamma", 1.0) * penalty - self.mmd2(e_real, e_fake)
+        return self.spec.get("gamma", 1.0) * penalty - deep_mmd2(self.kernel, e_real, e_fake)
 
     def generator_loss(self, real: Tensor, fake: Tensor, z: Tensor, step: int) -> Tensor:
         if step % self.spec.get("renew", 1000) == 0:
@@ -216,7 +210,7 @@ class ProximalMMD(Rival):
         with torch.no_grad():
             past, e_real = self.past(z), self.critic(real)
         near = (fake - past).square().flatten(1).sum(1).mean() / (2 * self.spec.get("tau", 1000.0))
-        return self.mmd2(e_real, self.critic(fake)) + near
+        return deep_mmd2(self.kernel, e_real, self.critic(fake)) + near
 
 
 class FrozenFeatures:
@@ -293,8 +287,6 @@ def new_rule(spec: Spec) -> UpdateRule:
         else None
     )
     if spec["method"] == "deep_kernel":
-        from lightning_mmd.kernel_objectives import Repulsive
-
         return DeepKernel(
             kernel=new_kernel(spec.get("widths", [1.0])),
             objective=Repulsive(spec.get("lower", 0.25), spec.get("upper", 4.0)),

@@ -321,15 +321,14 @@ def _descent(tracker: MMDTracker) -> str:
     return f"{start:.4g} -> {last:.4g} ({fall}{floor})"
 
 
-def _sample(args: list[str]) -> None:
-    auto_cli(
-        sample, args=args, as_positional=False, prog="lightning-mmd sample", exit_on_error=False
-    )
-
-
-def _evaluate(args: list[str]) -> None:
-    auto_cli(
-        evaluate, args=args, as_positional=False, prog="lightning-mmd evaluate", exit_on_error=False
+def _command(function: Callable[..., Any]) -> Callable[[list[str]], Any]:
+    """Return what runs a function with the arguments of a command line."""
+    return lambda args: auto_cli(
+        function,
+        args=args,
+        as_positional=False,
+        prog=f"lightning-mmd {function.__name__}",
+        exit_on_error=False,
     )
 
 
@@ -339,8 +338,8 @@ def _doctor(args: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
-    "sample": _sample,
-    "evaluate": _evaluate,
+    "sample": _command(sample),
+    "evaluate": _command(evaluate),
     "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,

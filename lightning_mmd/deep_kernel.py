@@ -27,6 +27,7 @@ from lightning_mmd.parted import (
     PartedPass,
     SharedEmbedding,
     contiguous_parts,
+    generate,
     interleaved_parts,
     pull_back,
 )
@@ -161,7 +162,7 @@ class DeepKernel(UpdateRule):
     def update(self, game: Game) -> dict[str, Any]:
         """Move the embedding up its objective, and the generator down MMD^2."""
         z = game.latents()
-        generated = self._generate(game, z, game.moves_generator and self.share_samples)
+        generated = generate(game, z, game.moves_generator and self.share_samples)
         if game.step == 0:
             network = game.generator.network
             with torch.no_grad(), full_precision(z[0].device), evaluating(network):
@@ -170,13 +171,9 @@ class DeepKernel(UpdateRule):
         if game.moves_generator:
             if not self.share_samples:
                 z = game.latents()
-                generated = self._generate(game, z, True)
+                generated = generate(game, z)
             metrics["generator/gradient_norm"] = self._generator_step(game, z, generated)
         return metrics
-
-    def _generate(self, game: Game, z: Inputs, keep: bool) -> PartedPass:
-        parts = contiguous_parts(game.batch_size, game.micro_batches)
-        return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts, keep)
 
     def _critic_step(self, game: Game, z: Inputs, generated: PartedPass) -> dict[str, Any]:
         processes, critic = game.processes, game.critic

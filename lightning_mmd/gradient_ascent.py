@@ -21,12 +21,13 @@ from lightning_mmd.objectives import Linear, Objective
 from lightning_mmd.parted import (
     PartedPass,
     Terms,
-    contiguous_parts,
+    generate,
     interleaved_parts,
     moved_gradient,
+    slope_alone,
     summed,
 )
-from lightning_mmd.passes import Replay, evaluating, frozen_power_iterations, full_precision
+from lightning_mmd.passes import Replay, evaluating, full_precision
 from lightning_mmd.penalties import (
     Held,
     Method,
@@ -149,7 +150,7 @@ class GradientAscent(UpdateRule):
         shares = self.share_samples and game.moves_generator
         generated = None
         if shares and self._num_penalised(game) < game.batch_size:
-            generated = self._generate(game, z)
+            generated = generate(game, z)
         metrics = self._critic_step(game, z, None if generated is None else generated.whole)
         if game.moves_generator:
             if not self.share_samples:
@@ -161,11 +162,6 @@ class GradientAscent(UpdateRule):
     def _num_penalised(self, game: Game) -> int:
         """Number of generated samples that have the parametric penalty."""
         return num_penalised(self._estimator, self.fraction, game.batch_size) if self.alpha else 0
-
-    @staticmethod
-    def _generate(game: Game, z: Inputs, keep: bool = True) -> PartedPass:
-        parts = contiguous_parts(game.batch_size, game.micro_batches)
-        return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts, keep)
 
     def _critic_step(self, game: Game, z: Inputs, fake: Tensor | None) -> dict[str, Any]:
         num, objective, slope = game.batch_size, self._objective, self.slope
@@ -187,15 +183,13 @@ class GradientAscent(UpdateRule):
         )
         real = game.target(z)
         at_real = slope if slope is not None and slope.at == "real" else None
-        (real_term, real_mean, steepness), total = self._at(
+        (real_term, real_mean, steepness), total = self._on_real(
             game, real, (-1.0, 0.0, of_slope), total, at_real
         )
         if slope is not None and at_real is None:
-            samples = self._generate(game, z, False).whole if fake is None else fake
+            samples = generate(game, z, False).whole if fake is None else fake
             points = slope.points(real, (samples.to(real[0].dtype), *z[1:]))
-            with frozen_power_iterations(game.critic.network):
-                terms, total = self._at(game, points, (0.0, 0.0, of_slope), total, slope)
-            steepness = terms[2]
+            steepness, total = slope_alone(game, slope, points, of_slope, total)
         gap = real_mean - share * fake_mean - (1 - share) * plain_mean
         value = real_term + share * fake_term + (1 - share) * plain_term
         rkhs = rkhs_norm_penalty(game.critic.network) if self.beta else gap.new_zeros(())
@@ -268,20 +262,20 @@ class GradientAscent(UpdateRule):
         parts = interleaved_parts(game, (slice(0, num),))
         return summed(evaluate, weights, parts, game.critic, total)
 
-    def _at(
+    def _on_real(
         self,
         game: Game,
-        points: Inputs,
+        real: Inputs,
         weights: tuple[float, ...],
         total: Tensor | None,
         slope: SlopePenalty | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Objective, value and slope of f at points, as if they were real."""
-        num = len(points[0])
+        """Objective, value and slope of f on real samples."""
+        num = len(real[0])
         critic = functools.partial(evaluate_critic, game.critic.network)
 
         def evaluate(part: Sequence[Tensor]) -> Terms:
-            inputs = select(points, part[0])
+            inputs = select(real, part[0])
             if slope is None:
                 values = critic(*inputs)
                 steepness = values.new_zeros(())
@@ -344,7 +338,7 @@ class GradientAscent(UpdateRule):
         """Move the generator up its objective and down MMD^2 of the critic's features."""
         objective, read = self._objective, cast(LearnedKernelCritic, game.critic.network).read
         matching = cast(FeatureMatching, self.matching)
-        generated = generated or self._generate(game, z)
+        generated = generated or generate(game, z)
         step = EmbeddingStep(game, z, generated, Embeds(game.critic.network))
         everyone = step.of_fake.everyone.detach()
 

@@ -10,7 +10,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
 from lightning_mmd.passes import copy_network, embed
-from lightning_mmd.points import require_tensors
+from lightning_mmd.points import gram_dtype, require_tensors
 from lightning_mmd.wide import widen
 
 __all__ = ["MaximumMeanDiscrepancy"]
@@ -114,7 +114,7 @@ class MaximumMeanDiscrepancy(Metric):
             for features in self._features:
                 samples = embed(features, samples)
         # float32 at least: half-precision samples would round the distances between them.
-        samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
+        samples = samples.detach().to(gram_dtype(samples))
         for seen in (*self.real[:1], *self.fake[:1]):
             if seen.shape[1:] != samples.shape[1:]:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Forward passes of a batch in parts, and embeddings that all processes share."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.game import Game, Player, Processes
+from lightning_mmd.kernel_objectives import SlopePenalty
+from lightning_mmd.latents import select
 from lightning_mmd.passes import Replay, frozen_power_iterations
 
 __all__ = [
@@ -18,9 +21,11 @@ __all__ = [
     "SharedEmbedding",
     "Terms",
     "contiguous_parts",
+    "generate",
     "interleaved_parts",
     "moved_gradient",
     "pull_back",
+    "slope_alone",
     "summed",
 ]
 
@@ -111,6 +116,18 @@ class PartedPass:
         """Return the output at other inputs, as a part's pass would have made it."""
         with self._held(k):
             return self.records[k](*inputs)
+
+
+def generate(game: Game, z: Inputs, keep: bool = True) -> PartedPass:
+    """Return the generator's pass over latents of a batch, in the game's micro-batches.
+
+    Args:
+        game: What is played.
+        z: Latents, and labels where there are any.
+        keep: Whether the graph of a pass in one part is kept.
+    """
+    parts = contiguous_parts(game.batch_size, game.micro_batches)
+    return PartedPass(game.generator.network, lambda k, _: select(z, parts[k]), parts, keep)
 
 
 class SharedEmbedding:
@@ -224,3 +241,30 @@ def moved_gradient(
     if gradients is None:
         return None
     return game.generator.gradient((fake * gradients.detach()).sum(), retain_graph=True)
+
+
+def slope_alone(
+    game: Game, slope: SlopePenalty, points: Inputs, weight: float, total: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the slope of the critic at points that its objective does not see.
+
+    Args:
+        game: What is played.
+        slope: The penalty.
+        points: Points, and labels where there are any.
+        weight: Of the penalty, in the gradient.
+        total: A gradient to add it to.
+
+    Returns:
+        The penalty and the gradient, see :func:`summed`.
+    """
+    num, network = len(points[0]), game.critic.network
+    critic = functools.partial(evaluate_critic, network)
+
+    def evaluate(part: Sequence[Tensor]) -> Terms:
+        return (slope.value(critic, select(points, part[0])) * (len(part[0]) / num),)
+
+    parts = interleaved_parts(game, (slice(0, num),))
+    with frozen_power_iterations(network):
+        (steepness,), total = summed(evaluate, (weight,), parts, game.critic, total)
+    return steepness, total

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "to_like", "wide_sum", "widen"]
+__all__ = ["to_like", "wide_sum", "widen"]
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -40,8 +40,3 @@ def wide_sum(tensor: Tensor, dim: int | None = None) -> Tensor:
 def to_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor in the dtype and on the device of another one, also out of float64."""
     return tensor.to(other.dtype).to(other.device)  # the dtype first: the device may lack float64
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor in float32 where it has fewer bits, else as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -24,9 +24,10 @@ from lightning_mmd.kernels import Gaussian, Kernel, median_bandwidth
 from lightning_mmd.mmd import mmd2_unbiased, two_sample_test
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import evaluating
+from lightning_mmd.points import gram_dtype
 from lightning_mmd.processes import together
 from lightning_mmd.verdicts import VERDICTS, Traces, Verdict, judge
-from lightning_mmd.wide import at_least_float32, widen
+from lightning_mmd.wide import widen
 
 __all__ = ["ConvergenceMonitor"]
 
@@ -164,7 +165,7 @@ class ConvergenceMonitor(GeneratorCadence):
                 f"ConvergenceMonitor needs at least 10 training images, got {len(images)}."
             )
         module = self._watched()
-        self._real = at_least_float32(images).to(module.device)
+        self._real = images.to(gram_dtype(images)).to(module.device)
         self._range.real(self._real)
         flat = self._real.flatten(1)
         self._kernel = self.kernel or Gaussian(median_bandwidth(flat))

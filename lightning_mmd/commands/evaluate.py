@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_mmd.commands.sample import load_model
 from lightning_mmd.data import SampleDataModule
@@ -69,8 +70,7 @@ def evaluate(
             f"the model makes samples of shape {tuple(samples.shape[1:])}, but the data are "
             f"{tuple(held_out.shape[1:])}. Give --data what the model was trained on."
         )
-    scores = score(held_out, samples, features, batch_size, seed)
-    floors = score(held_out, training, features, batch_size, seed)
+    scores, floors = score(held_out, (samples, training), features, batch_size, seed)
     report = {
         "checkpoint": str(ckpt_path),
         "data": type(data).__name__,
@@ -91,25 +91,38 @@ def evaluate(
 
 
 def score(
-    real: Tensor, fake: Tensor, features: nn.Module, batch_size: int, seed: int
-) -> dict[str, float]:
+    real: Tensor, sides: Sequence[Tensor], features: nn.Module, batch_size: int, seed: int
+) -> list[dict[str, float]]:
     """Return FID, KID, precision and recall in features, and MMD^2 of the images themselves.
 
     Args:
-        real: Real samples (n, ...).
-        fake: Samples to judge, (m, ...).
+        real: Real samples (n, ...), embedded once.
+        sides: Samples to judge, (m, ...) each.
         features: Network from samples to features.
         batch_size: Samples at a time.
         seed: Of KID's subsets.
+
+    Returns:
+        The scores of each side, by name.
     """
-    embedded = FeatureMetrics(features, seed=seed)
-    plain = MaximumMeanDiscrepancy(pixel_kernel(real))
-    for samples, is_real in ((real, True), (fake, False)):
-        for part in samples.split(batch_size):
-            embedded.update(part, real=is_real)
-            plain.update(part, real=is_real)
-    values = {**embedded.compute(), "mmd2": plain.compute()}
-    return {name: float(values[name]) for name in _ORDER if name in values}
+    embedded = FeatureMetrics(features, seed=seed, reset_real_samples=False)
+    plain = MaximumMeanDiscrepancy(pixel_kernel(real), reset_real_samples=False)
+    metrics = embedded, plain
+    _update(metrics, real, batch_size, real=True)
+    found = []
+    for samples in sides:
+        _update(metrics, samples, batch_size, real=False)
+        values = {**embedded.compute(), "mmd2": plain.compute()}
+        found.append({name: float(values[name]) for name in _ORDER if name in values})
+        for metric in metrics:
+            metric.reset()
+    return found
+
+
+def _update(metrics: Iterable[Metric], samples: Tensor, batch_size: int, real: bool) -> None:
+    for part in samples.split(batch_size):
+        for metric in metrics:
+            metric.update(part, real=real)
 
 
 def pixel_kernel(samples: Tensor) -> Kernel:
