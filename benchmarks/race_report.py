@@ -33,14 +33,20 @@ def label(row: Row) -> str:
     """Return a method's name with the options that tell its runs apart."""
     options = json.loads(row["options"])
     text = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"{NAMES.get(row['method'], row['method'])}: {text}"
+    name = NAMES.get(row["method"], row["method"])
+    if row["loop"] == "lightning":
+        return f"`lightning-mmd fit`, configs/{name}.yaml"
+    return f"{name}: {text}"
 
 
-def finals(rows: list[Row], split: str = "test") -> dict[str, dict[int, list[Row]]]:
-    """Return rows on a split by method and mark."""
+def finals(
+    rows: list[Row], split: str = "test", data: str = "MNIST"
+) -> dict[str, dict[int, list[Row]]]:
+    """Return rows of timed runs on a split by method and mark."""
     found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["split"] == split:
+        timed = "updates" not in json.loads(row["options"])
+        if timed and (row["split"], row["data"]) == (split, data):
             found[label(row)][int(row["seconds"])].append(row)
     return found
 
@@ -52,9 +58,9 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def final_table(rows: list[Row]) -> list[str]:
+def final_table(rows: list[Row], data: str = "MNIST") -> list[str]:
     """Return the table of runs on test images: FID; KID, medians over seeds."""
-    found = finals(rows)
+    found = finals(rows, data=data)
     marks = sorted({mark for runs in found.values() for mark in runs})
     lines = ["| method | seeds | " + " | ".join(f"{mark} s" for mark in marks) + " |"]
     lines.append("|---" * (len(marks) + 2) + "|")
@@ -66,6 +72,25 @@ def final_table(rows: list[Row]) -> list[str]:
             cells.append(f"{spread(fid)}; {spread(kid)}" if fid else "")
         seeds = max(len(rows) for rows in runs.values())
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def long_table(rows: list[Row]) -> list[str]:
+    """Return the table of long runs: FID; KID and processor seconds at each 2,000 updates."""
+    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if "updates" in json.loads(row["options"]):
+            found[label(row)][int(row["updates"])] = row
+    marks = sorted({m for runs in found.values() for m in runs if m % 2000 == 0})
+    lines = ["| updates | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for mark in marks:
+        cells = [
+            f"{float(r[mark]['fid']):.1f}; {float(r[mark]['kid']):.1f} ({r[mark]['seconds']} s)"
+            if mark in r
+            else ""
+            for r in found.values()
+        ]
+        lines.append(f"| {mark:,} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -118,5 +143,7 @@ def draw(rows: list[Row], path: Path) -> None:
 if __name__ == "__main__":
     every = read()
     print("\n".join(final_table(every)), end="\n\n")
+    print("\n".join(final_table(every, "FashionMNIST")), end="\n\n")
+    print("\n".join(long_table(every)), end="\n\n")
     print("\n".join(search_table(every)))
     draw(every, HERE / "figures" / "race.png")
