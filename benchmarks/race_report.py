@@ -1,15 +1,21 @@
 """Tables and figure of the race, from the rows of `results/race.csv`.
 
-python benchmarks/race_report.py
+    python benchmarks/race_report.py
+
+The tables are printed and put into `README.md` here, between their marks. `race_first.csv` holds
+the rows of a first search, made before the generator of all contenders became faster.
 """
 
 import csv
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
+FIRST = HERE / "results" / "race_first.csv"
 NAMES = {
     "ascent": "GradientAscent",
     "deep_kernel": "DeepKernel",
@@ -140,10 +146,32 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def tables(rows: list[Row], first: list[Row]) -> dict[str, list[str]]:
+    """Return the lines of all tables by the name of their mark."""
+    return {
+        "finals": final_table(rows),
+        "fashion": final_table(rows, "FashionMNIST"),
+        "long": long_table(rows),
+        "search": search_table(rows),
+        "first search": search_table(first),
+    }
+
+
+def inject(text: str, found: dict[str, list[str]]) -> str:
+    """Put tables between their marks ``<!-- name -->`` and ``<!-- end of name -->``."""
+    for name, lines in found.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = "\n".join([start, "", *lines, "", end])
+        text, count = re.subn(f"{start}.*?{end}", lambda _, b=block: b, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{count} places are marked {start} ... {end}, expected one.")
+    return text
+
+
 if __name__ == "__main__":
     every = read()
-    print("\n".join(final_table(every)), end="\n\n")
-    print("\n".join(final_table(every, "FashionMNIST")), end="\n\n")
-    print("\n".join(long_table(every)), end="\n\n")
-    print("\n".join(search_table(every)))
+    found = tables(every, read(FIRST))
+    for lines in found.values():
+        print("\n".join(lines), end="\n\n")
+    README.write_text(inject(README.read_text(), found))
     draw(every, HERE / "figures" / "race.png")
