@@ -295,7 +295,12 @@ def new_rule(spec: Spec) -> UpdateRule:
     """Return a rule of this package."""
     slope = spec.get("slope", 0.0)
     penalty = (
-        SlopePenalty(slope, at=spec.get("slope_at", "real"), interval=spec.get("slope_interval", 1))
+        SlopePenalty(
+            slope,
+            at=spec.get("slope_at", "real"),
+            target=spec.get("slope_target", 0.0),
+            interval=spec.get("slope_interval", 1),
+        )
         if slope
         else None
     )
