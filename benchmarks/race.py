@@ -271,6 +271,19 @@ def parse(texts: list[str]) -> Spec:
     return spec
 
 
+def taken(claim: Path) -> bool:
+    """Claim a run for this process; return whether that worked. A dead process claims nothing."""
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    if claim.exists() and not os.path.exists(f"/proc/{claim.read_text() or os.getpid()}"):
+        claim.unlink(missing_ok=True)
+    try:
+        with claim.open("x") as file:  # of two processes at once, one fails here
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
+
+
 def main(root: str, texts: list[list[str]]) -> None:
     """Run what is not there yet, one run after another."""
     torch.set_num_threads(1)
@@ -280,10 +293,8 @@ def main(root: str, texts: list[list[str]]) -> None:
         if done(spec):
             continue
         claim = CACHE / "claims" / key(spec)
-        claim.parent.mkdir(parents=True, exist_ok=True)
-        if claim.exists() and os.path.exists(f"/proc/{claim.read_text()}"):
+        if not taken(claim):
             continue  # another process is at it
-        claim.write_text(str(os.getpid()))
         where = spec["data"], spec["split"]
         if where not in loaded:
             images = load(spec["data"], root, spec["split"])
@@ -291,7 +302,7 @@ def main(root: str, texts: list[list[str]]) -> None:
             loaded[where] = images, judge
             print(f"judge: {judge.accuracy:.4f} right; floor {judge.floor()}", flush=True)
         train(spec, *loaded[where], CACHE / "pictures")
-        claim.unlink()
+        claim.unlink(missing_ok=True)
 
 
 def keep_memory() -> None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from lightning_mmd.critic_values import evaluate_critic
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.embedding import EmbeddingPart, MeanEmbedding
-from lightning_mmd.game import DivergedError, Game, Player, UpdateRule, check_weights, without
+from lightning_mmd.game import (
+    DivergedError,
+    FlowDescent,
+    Game,
+    Player,
+    UpdateRule,
+    check_weights,
+    without,
+)
+from lightning_mmd.gramian import largest_gramian_eigenvalue, natural_scale
 from lightning_mmd.penalties import critic_terms
 from lightning_mmd.witness import System, WitnessSolution, solve_embedding
 
@@ -109,17 +118,17 @@ class ClosedForm(UpdateRule):
     Turinici's scheme for F, the mean embedding linearised in theta, in the metric with alpha - tau
     in place of alpha. That is a metric as long as :math:`\tau < \alpha + \beta /
     \lambda_{\max}(JJ^T)`, so for eta <= 1 whatever J is, and the step of the linear model
-    contracts until twice that: with :math:`\kappa = 1 + \beta / (\alpha\lambda_{\max})` the bounds
-    are eta < kappa and eta < 2 kappa, and for alpha = 0 they are eta lambda_max < 1 and 2.
-
-    The generator's optimizer is by default plain gradient descent with learning rate eta * alpha
-    (eta * beta if alpha is 0): the natural time of the flow is eta a step. Predictions are logged
-    for plain gradient descent only.
+    contracts until twice that. The generator's optimizer is by default gradient descent with
+    :math:`\tau = \eta\,(\alpha + \beta / \lambda_{\max}(JJ^T))`, where lambda_max is estimated at
+    the first update and then kept: the two bounds are eta < 1 and eta < 2, at alpha = 0 too, and
+    nothing jumps there. Its learning rate is eta; ``cumulative_lr`` is the sum of tau. With an
+    optimizer of your own tau is its learning rate. Predictions are logged for plain gradient
+    descent only.
 
     Args:
         alpha: Weight of the parametric-gradient penalty, >= 0.
         beta: Weight of the RKHS norm, >= 0; beta / alpha damps the step.
-        eta: Step in the natural time of the flow, in (0, 1] for a descent.
+        eta: Step in units of alpha + beta / lambda_max, > 0: in (0, 1] for a descent.
         max_iterations: Most conjugate-gradient iterations an update, >= 1.
         tolerance: Relative residual at which the iterations stop, > 0.
         overhead: Stop the iterations as soon as one was not worth its cost, where this is the cost
@@ -146,6 +155,7 @@ class ClosedForm(UpdateRule):
     trust_region: TrustRegion | None = None
     system: System | None = None
     path_length: float = field(default=0.0, init=False, repr=False, compare=False)
+    _scale: float | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_weights(alpha=self.alpha, beta=self.beta)
@@ -182,7 +192,7 @@ class ClosedForm(UpdateRule):
 
     def generator_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return gradient descent whose steps are Euler steps of the flow, of natural length."""
-        return torch.optim.SGD(parameters, lr=self.eta * (self.alpha or self.beta))
+        return FlowDescent(parameters, lr=self.eta)
 
     def gap(self, critic: nn.Module, real: tuple[Tensor, ...], fake: tuple[Tensor, ...]) -> Tensor:
         """Return the difference of the critic's mean values."""
@@ -216,6 +226,9 @@ class ClosedForm(UpdateRule):
         gap = target.mean - model.mean
         if not gap.isfinite().all():
             raise DivergedError("the embedding of the samples")
+        if self._scale is None:
+            eigenvalue = largest_gramian_eigenvalue(model, 20) if self.beta else 0.0
+            self._scale = natural_scale(self.alpha, self.beta, eigenvalue)
         solution = solve_embedding(
             model,
             gap,
@@ -283,15 +296,16 @@ class ClosedForm(UpdateRule):
         """Move the generator along L f, and compare what came of it with what was predicted."""
         generator, region = game.generator, self.trust_region
         trust = 1.0 if region is None else region.trust
-        step_size = trust * generator.learning_rate
+        scale = trust * (self._scale or 1.0) if generator.moves_in_flow_time else trust
+        step_size = scale * generator.learning_rate
         before = generator.copies()
         noisy = self._noisy_direction(game, solution, model)
         direction = solution.parametric_gradient if noisy is None else noisy
-        norm = generator.step(-direction, trust)
+        norm = generator.step(-direction, scale)
         moved_mean = model.mean_at(generator.parameters)
         energy = solution.mmd2 / 2
         realised = (target_mean - moved_mean).square().sum() / 2 - energy
-        metrics: dict[str, Any] = {"objective": energy, "realised": realised}
+        metrics: dict[str, Any] = {"objective": energy, "realised": realised, "step": step_size}
         if solution.efficiency is not None:
             metrics["efficiency"] = solution.efficiency
         if generator.is_gradient_descent and noisy is None:
@@ -347,16 +361,16 @@ class ClosedForm(UpdateRule):
         return None if left_alone else direction
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the length of the path, and trust and damping."""
+        """Return the length of the path, the unit of steps, and trust and damping."""
         region = self.trust_region
-        state: dict[str, Any] = {"path_length": self.path_length}
+        state: dict[str, Any] = {"path_length": self.path_length, "scale": self._scale}
         return state | (
             {} if region is None else {"trust": region.trust, "damping": region.damping}
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        self.path_length = state["path_length"]
+        self.path_length, self._scale = state["path_length"], state["scale"]
         if self.trust_region is not None and "trust" in state:
             self.trust_region.trust = state["trust"]
             self.trust_region.damping = state["damping"]

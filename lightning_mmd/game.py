@@ -22,6 +22,7 @@ from lightning_mmd.passes import full_precision
 
 __all__ = [
     "DivergedError",
+    "FlowDescent",
     "Game",
     "GradientHook",
     "Player",
@@ -46,6 +47,14 @@ class Stepper(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
     def step(self) -> Any: ...
     def zero_grad(self) -> Any: ...
+
+
+class FlowDescent(torch.optim.SGD):
+    """Gradient descent whose learning rate is a time of the flow.
+
+    Its unit is alpha + beta / lambda_max(J J^T). It is the own optimizer of `ClosedForm`, which
+    multiplies its steps by that.
+    """
 
 
 @dataclass
@@ -80,10 +89,16 @@ class Player:
         return 0.0 if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
 
     @property
+    def moves_in_flow_time(self) -> bool:
+        """Whether the learning rate is a time of the flow, see `FlowDescent`."""
+        return isinstance(getattr(self.optimizer, "optimizer", self.optimizer), FlowDescent)
+
+    @property
     def is_gradient_descent(self) -> bool:
         """Whether a step is lr times the gradient and nothing else: plain SGD, no clipping."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if type(optimizer) is not torch.optim.SGD or self.clip_norm is not None:
+        plain = type(optimizer) is torch.optim.SGD or self.moves_in_flow_time
+        if not plain or self.clip_norm is not None:
             return False
         first, *others = optimizer.param_groups
         changed = ("momentum", "weight_decay", "maximize", "nesterov", "dampening")

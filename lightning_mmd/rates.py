@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mmd.embedding import MeanEmbedding
 from lightning_mmd.points import require_positive
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Hyperparameters",
     "SecondMoments",
     "convergence_rates",
-    "largest_gramian_eigenvalue",
     "max_stable_critic_lr",
     "second_moment_dynamics",
     "suggest_hyperparameters",
@@ -443,47 +441,3 @@ def max_stable_critic_lr(alpha: float, beta: float, largest_eigenvalue: float) -
         )
     stiffness = alpha * largest_eigenvalue + beta
     return 2 / stiffness if stiffness > 0 else math.inf
-
-
-def largest_gramian_eigenvalue(
-    embedding: MeanEmbedding, num_iterations: int = 50, *, seed: int = 0
-) -> float:
-    r"""Estimate the largest eigenvalue of the parametric Gramian :math:`JJ^T` by power iteration.
-
-    The Rayleigh quotient :math:`\|J^T w\|^2` of a unit vector w, never above the eigenvalue; it
-    gains on it like :math:`(\lambda_2 / \lambda_1)^{2 t}`. One reverse and one forward-mode pass
-    an iteration.
-
-    Args:
-        embedding: The model's mean embedding at its current parameters.
-        num_iterations: Number of iterations, >= 1.
-        seed: Of the first vector.
-
-    Returns:
-        The estimate, >= 0.
-
-    Raises:
-        ValueError: If there are no iterations.
-
-    Source:
-        Golub and Van Loan 2013, Matrix computations, section 8.2.1.
-
-    Example:
-        >>> embedding = MeanEmbedding(lambda x: x, torch.zeros(4, 2), torch.nn.Linear(2, 3))
-        >>> round(largest_gramian_eigenvalue(embedding), 6)  # J is the bias's: the identity
-        1.0
-    """
-    if num_iterations < 1:
-        raise ValueError(
-            f"largest_gramian_eigenvalue needs num_iterations >= 1, got {num_iterations}."
-        )
-    start = torch.randn(len(embedding.mean), generator=torch.Generator().manual_seed(seed))
-    w, eigenvalue = start.to(embedding.mean), 0.0
-    for _ in range(num_iterations):
-        w = w / w.norm()
-        v = embedding.adjoint(w)
-        eigenvalue = float(v @ v)
-        w = embedding.push(v)[0]
-        if not w.any():
-            break
-    return eigenvalue

@@ -44,6 +44,7 @@ FLOORS = {
     "parted": 3,
     "penalties": 3,
     "sobolev": 3,
+    "gramian": 4,
     "matching": 4,
     "witness": 4,
     "closed_form": 5,

@@ -78,18 +78,30 @@ def play(eta, alpha, beta, num_updates, max_iterations=50):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.1), (2.0, 6.0), (0.0, 0.7)])
 def test_both_bounds_in_terms_of_eta(alpha, beta):
-    """The bounds are kappa and 2 kappa, kappa = 1 + beta / (alpha lambda), 1 / lambda at 0."""
-    _, jacobian, _ = play(0.1, alpha, beta, 1)
-    largest = float(torch.linalg.eigvalsh(jacobian @ jacobian.T).max())
-    kappa = 1 + beta / (alpha * largest) if alpha > 0 else 1 / largest
-    for share, falls in ((0.5, True), (1.98, True), (2.02, False)):
-        metrics, _, player = play(share * kappa, alpha, beta, 60)
-        tau = player.learning_rate
-        assert tau == pytest.approx(share * (alpha + beta / largest), rel=1e-9)
+    """The bounds are 1 and 2 in units of alpha + beta / lambda, at alpha = 0 too."""
+    for eta, falls in ((0.5, True), (1.98, True), (2.02, False)):
+        metrics, jacobian, player = play(eta, alpha, beta, 60)
+        largest = float(torch.linalg.eigvalsh(jacobian @ jacobian.T).max())
+        tau = eta * (alpha + beta / largest)
+        assert metrics[0]["certificate/step"] == pytest.approx(tau, rel=1e-9)
+        assert player.cumulative_lr == pytest.approx(60 * tau, rel=1e-9)
         energies = [float(m["certificate/objective"]) for m in metrics]
         assert (energies[-1] < energies[0]) == falls
-    metrics, _, _ = play(kappa, alpha, beta, 3)  # here the stiffest direction ends at once
+    metrics, _, _ = play(1.0, alpha, beta, 3)  # here the stiffest direction ends at once
     assert float(metrics[1]["certificate/objective"]) < 1e-20
+
+
+def test_nothing_jumps_where_alpha_goes_to_zero():
+    """F after 20 updates is continuous in alpha, and in beta down to 0."""
+    runs = {(a, b): play(0.3, a, b, 20)[0] for a in (0.0, 1e-8, 1e-6) for b in (1.0, 1e-3)}
+    for beta in (1.0, 1e-3):
+        start, *others = [
+            float(runs[alpha, beta][-1]["certificate/objective"]) for alpha in (0.0, 1e-8, 1e-6)
+        ]
+        for alpha, other in zip((1e-8, 1e-6), others, strict=True):
+            assert other == pytest.approx(start, rel=100 * alpha / beta)
+    ends = [play(0.3, 1.0, b, 20)[0][-1]["certificate/objective"] for b in (0.0, 1e-9)]
+    assert float(ends[1]) == pytest.approx(float(ends[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("max_iterations", [1, 50])
@@ -98,7 +110,7 @@ def test_efficiency_of_an_update(alpha, beta, max_iterations):
     """Logged for exact and inexact w; at the exact one it is 1 - beta MMD^2_ab / F, in [0, 1]."""
     (metrics, *_), jacobian, _ = play(0.4, alpha, beta, 1, max_iterations)
     efficiency = float(metrics["certificate/efficiency"])
-    rate = -float(metrics["certificate/predicted"]) / (0.4 * alpha)
+    rate = -float(metrics["certificate/predicted"]) / metrics["certificate/step"]
     mmd2 = float(metrics["witness/mmd2"])
     assert efficiency == pytest.approx(alpha * rate / mmd2, rel=1e-9)
     if max_iterations > 1:

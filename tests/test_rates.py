@@ -10,11 +10,11 @@ from reference import embedding_jacobian
 from torch import Tensor, nn
 
 from lightning_mmd.embedding import MeanEmbedding
+from lightning_mmd.gramian import largest_gramian_eigenvalue
 from lightning_mmd.kernel_gan import kernel_gan_flow
 from lightning_mmd.kernels import Gaussian, InverseMultiquadric, Kernel, RationalQuadratic
 from lightning_mmd.rates import (
     convergence_rates,
-    largest_gramian_eigenvalue,
     max_stable_critic_lr,
     second_moment_dynamics,
     suggest_hyperparameters,

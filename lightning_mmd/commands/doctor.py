@@ -17,10 +17,11 @@ from lightning_mmd.commands.versions import find_versions
 from lightning_mmd.critics import LearnedKernelCritic
 from lightning_mmd.embedding import MeanEmbedding
 from lightning_mmd.game import Game, Player, Processes
+from lightning_mmd.gramian import largest_gramian_eigenvalue
 from lightning_mmd.latents import as_inputs, select
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.passes import seeded
-from lightning_mmd.rates import largest_gramian_eigenvalue, max_stable_critic_lr
+from lightning_mmd.rates import max_stable_critic_lr
 
 __all__ = [
     "Parity",
