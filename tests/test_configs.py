@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
-from lightning_mmd import ClassifierFeatures
+from lightning_mmd import MMDGAN, ClassifierFeatures, LearnedKernelCritic, standard_rule
 from lightning_mmd.cli import main
+from lightning_mmd.game import UpdateRule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVERY = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -98,3 +100,14 @@ def test_config_is_consistent(name):
     intervals = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
     saves = intervals["ModelCheckpoint"]["every_n_train_steps"]
     assert trainer["max_steps"] % saves == 0  # so that the last state is saved
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "digits"])
+def test_the_recipe_is_the_rule_of_a_model_without_one(name):
+    """`rule: null` in a configuration, and none in Python, mean the rule of the recipes."""
+    given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["rule"]
+    parser = ArgumentParser()
+    parser.add_argument("--rule", type=UpdateRule)
+    rule = parser.instantiate_classes(parser.parse_object({"rule": given})).rule
+    critic = LearnedKernelCritic(torch.nn.Linear(2, 8), 8)
+    assert rule == standard_rule(critic) == MMDGAN(torch.nn.Linear(2, 2), critic).rule
