@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from lightning_mmd.game import DivergedError, Player, UpdateRule
 
-__all__ = ["first_not_finite", "refuse_not_finite", "refuse_to_save", "state_of"]
+__all__ = ["LARGEST_JUMP", "first_not_finite", "refuse_not_finite", "refuse_to_save", "state_of"]
+
+LARGEST_JUMP = 1e5
+"""A learning rate this many times the one that its optimizer was built with is a mistake."""
 
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity, None if all are finite.
 
-    One number a tensor is computed, its largest absolute value, and all are looked at together.
+    One number a tensor is computed, its Euclidean norm, and all are looked at together. A norm that
+    overflows is no proof, so such a tensor is then looked at element by element.
 
     Args:
         named: Names and tensors, of any shapes; what is no floating-point tensor is passed over.
@@ -25,25 +29,35 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
         >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, float("nan")]))])
         'b'
     """
-    by_kind: dict[Any, tuple[list[str], list[Tensor]]] = {}
-    order: dict[str, int] = {}
-    for name, tensor in named:
-        if tensor.is_floating_point() and tensor.numel():
-            names, tensors = by_kind.setdefault((tensor.device, tensor.dtype), ([], []))
-            names.append(name)
-            tensors.append(tensor.detach())
-            order.setdefault(name, len(order))
-    bad: list[str] = []
-    for names, tensors in by_kind.values():
-        finite = _largest(tensors).isfinite()
-        if not finite.all():
-            bad += [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-    return min(bad, key=order.__getitem__, default=None)
+    pairs = [(name, t) for name, t in named if t.is_floating_point() and t.numel()]
+    if _all_norms_finite([tensor for _, tensor in pairs]):
+        return None
+    return next((name for name, tensor in pairs if not tensor.isfinite().all()), None)
 
 
-def _largest(tensors: list[Tensor]) -> Tensor:
-    norms: Any = vars(torch)["_foreach_norm"]  # as torch.nn.utils.get_total_norm computes them
-    return torch.stack(list(norms(tensors, math.inf)))
+@torch.no_grad()
+def _all_norms_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether norms are finite, in one kernel a device and dtype; True proves finite elements."""
+    by_kind: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.ndim == 0 and tensor.device.type == "cpu":  # a count of Adam: no kernel
+            if not math.isfinite(tensor.item()):
+                return False
+        elif tensor.is_floating_point() and tensor.numel():
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    foreach: Any = vars(torch)["_foreach_norm"]  # as torch.nn.utils.get_total_norm computes them
+    return all(
+        math.isfinite(torch.stack(list(foreach(group))).sum().item()) for group in by_kind.values()
+    )
+
+
+def _moving(player: Player) -> Iterator[Tensor]:
+    """Yield the tensors of `state_of` without their names, which cost as much as the look."""
+    yield from player.network.parameters()
+    optimizer = getattr(player.optimizer, "optimizer", player.optimizer)
+    for state in getattr(optimizer, "state", {}).values():
+        if isinstance(state, Mapping):
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def state_of(player: Player) -> Iterator[tuple[str, Tensor]]:
@@ -74,26 +88,42 @@ def refuse_not_finite(players: Iterable[Player], rule: UpdateRule) -> None:
     Raises:
         DivergedError: If a parameter, an optimizer's state, a learning rate or a number of the rule
             is NaN or infinite; nothing has moved then.
-        ValueError: If a learning rate is negative.
+        ValueError: If a learning rate is negative, or more than `LARGEST_JUMP` times the one that
+            its optimizer was built with: by schedules that multiply, training has diverged.
     """
     players = list(players)
-    found = first_not_finite(pair for player in players for pair in state_of(player))
-    if found is not None:
-        raise DivergedError(found)
+    if not _all_norms_finite(tensor for player in players for tensor in _moving(player)):
+        found = first_not_finite(pair for player in players for pair in state_of(player))
+        if found is not None:
+            raise DivergedError(found)
     for player in players:
-        for group in getattr(player.optimizer, "param_groups", []):
-            rate = float(group["lr"])
-            if not math.isfinite(rate):
-                raise DivergedError(f"the learning rate of the {player.name}")
-            if rate < 0:
-                raise ValueError(
-                    f"the learning rate of the {player.name} is {rate:g}. It must be at least 0: "
-                    "look at its optimizer and scheduler."
-                )
+        _refuse_rates(player)
     for field in fields(rule) if is_dataclass(rule) else ():
         value = getattr(rule, field.name)
         if isinstance(value, float) and not math.isfinite(value) and field.init:
             raise DivergedError(f"{field.name} of {type(rule).__name__}")
+
+
+def _refuse_rates(player: Player) -> None:
+    """Refuse learning rates that are not finite, negative, or far above what was asked for."""
+    optimizer = getattr(player.optimizer, "optimizer", player.optimizer)
+    built = float(getattr(optimizer, "defaults", {}).get("lr", 0.0))
+    for group in getattr(optimizer, "param_groups", []):
+        rate = float(group["lr"])
+        if not math.isfinite(rate):
+            raise DivergedError(f"the learning rate of the {player.name}")
+        if rate < 0:
+            raise ValueError(
+                f"the learning rate of the {player.name} is {rate:g}. It must be at least 0: "
+                "look at its optimizer and scheduler."
+            )
+        asked = max(built, float(group.get("initial_lr", 0.0)), float(group.get("max_lr", 0.0)))
+        if rate > LARGEST_JUMP * asked > 0:
+            raise ValueError(
+                f"the learning rate of the {player.name} has diverged: it is {rate:g}, and its "
+                f"optimizer was built with {asked:g}. Look at what changes it, a scheduler or a "
+                "callback; if it is meant, build the optimizer with it."
+            )
 
 
 def refuse_to_save(network: nn.Module, optimizer_states: Any) -> None:

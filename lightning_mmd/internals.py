@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import WandbLogger
@@ -26,6 +27,7 @@ __all__ = [
     "keep_hyperparameters",
     "offline",
     "replace_imports",
+    "saves_after_batch",
     "set_callbacks",
     "short_help",
     "switch_offline",
@@ -64,6 +66,18 @@ def as_trained(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def saves_after_batch(trainer: Trainer) -> bool:
+    """Whether a ModelCheckpoint may save at the end of this batch, by its steps or its clock."""
+    return any(
+        saver._train_time_interval is not None
+        or (
+            saver._every_n_train_steps > 0 and trainer.global_step % saver._every_n_train_steps == 0
+        )
+        for saver in callbacks_of(trainer)
+        if isinstance(saver, ModelCheckpoint)
+    )
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

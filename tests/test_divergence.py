@@ -31,6 +31,8 @@ def test_the_first_tensor_that_is_not_finite_is_named(bad, position):
     assert first_not_finite(named) is None
     assert first_not_finite([]) is None
     assert first_not_finite([("n", torch.ones(2, dtype=torch.long))]) is None
+    tensors[1].fill_(1e30)  # finite, though its norm is not
+    assert first_not_finite(named) is None
     tensors[position].view(-1)[-1] = bad
     expected = next(name for name, tensor in named if not tensor.isfinite().all())
     assert first_not_finite(named) == expected == str(position)
@@ -148,6 +150,44 @@ def test_a_negative_learning_rate_is_refused(tmp_path):
         fit(tmp_path, model(), Acts(rate(-1.0)))
 
 
+@pytest.mark.parametrize("make", [closed_form, ascent])
+def test_a_learning_rate_that_jumps_is_refused_before_anything_moves(make, tmp_path):
+    """Up to 1e5 times what the optimizer was built with, 1e-3 here, is the user's own affair."""
+    module, acts = model(make), Acts(rate(101.0))
+    with pytest.raises(
+        ValueError,
+        match=r"rate of the generator has diverged: it is 101, .* built with 0\.001\. Look at what",
+    ):
+        fit(tmp_path, module, acts)
+    assert module.trainer.global_step == AT
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, acts.states[-1][name]), name
+
+
+def test_a_schedule_may_climb_above_what_the_optimizer_was_built_with(tmp_path):
+    """OneCycleLR does not look at the optimizer's rate: 1e-9 here, 1e-3 at its top."""
+    module = model(
+        critic_optimizer=lambda p: torch.optim.Adam(p, 1e-9),
+        critic_scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, total_steps=8),
+    )
+    assert fit(tmp_path, module, steps=7).global_step == 7
+
+
+def test_the_generator_stays_where_only_the_critics_gradient_overflows(tmp_path):
+    """Each element of the critic's gradient is finite at this scale, and its norm is not."""
+    torch.manual_seed(0)
+    critic = LearnedKernelCritic(MLPFeatures(2, 8, (8,)), 8)
+    module = closed_form(MLPGenerator(2, 3, (8,)), critic, latents=3, beta=0.1).float()
+    before = copy.deepcopy(module.state_dict())
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    data = 1e12 * torch.randn(32, 2).float()
+    with pytest.raises(DivergedError, match="gradient of the critic is not finite at gen"):
+        trainer.fit(module, DataLoader(data, batch_size=16))
+    assert trainer.global_step == 0
+    for name, value in before.items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
 def test_latents_that_are_not_finite_are_named(tmp_path):
     def draw(num):
         z = torch.randn(num, 3)
@@ -185,6 +225,25 @@ def test_infinite_buffers_are_saved(tmp_path):
 
 
 # OnDivergence
+
+
+def test_a_state_is_looked_at_once_an_update_and_before_it_is_kept_or_saved(tmp_path, monkeypatch):
+    from lightning_mmd import module as of_updates
+    from lightning_mmd.callbacks import divergence as of_callback
+
+    looks = {"update": [], "callback": []}
+    for name, place in (("update", of_updates), ("callback", of_callback)):
+
+        def look(*args, name=name, real=place.refuse_not_finite):
+            looks[name].append(trainer.global_step)
+            real(*args)
+
+        monkeypatch.setattr(place, "refuse_not_finite", look)
+    data = torch.randn(96, 2, generator=torch.Generator().manual_seed(0))
+    savers = [OnDivergence(every_n_steps=5), ModelCheckpoint(tmp_path, every_n_train_steps=4)]
+    trainer = quiet_trainer(tmp_path, max_steps=9, callbacks=savers, enable_checkpointing=True)
+    trainer.fit(model(), DataLoader(data, batch_size=8))
+    assert looks == {"update": list(range(9)), "callback": [4, 5, 8, 9]}  # the last: its end
 
 
 def test_raise_names_a_state_of_well_before(tmp_path):

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.compile import from_compiled
 from tiny import quiet_trainer
@@ -56,6 +58,30 @@ def test_a_module_knows_its_trainer(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=1)
     trainer.fit(module, DataLoader(torch.zeros(4, 1)))
     assert isinstance(internals.attached_trainer(module), Trainer)
+
+
+def test_whether_a_checkpoint_is_due_is_known_before_it_is_written(tmp_path):
+    """By steps the prediction is exact; by a clock it may always be."""
+    predicted, saved = [], []
+
+    class Notes(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            predicted.append(internals.saves_after_batch(trainer))
+            saved.append(False)
+
+        def on_save_checkpoint(self, trainer, *_):
+            saved[-1] = True
+
+    savers = [ModelCheckpoint(tmp_path / "a", every_n_train_steps=3), ModelCheckpoint(tmp_path)]
+    trainer = quiet_trainer(
+        tmp_path, max_steps=7, callbacks=[Notes(), *savers], enable_checkpointing=True
+    )
+    trainer.fit(Two(hide=True), DataLoader(torch.zeros(64, 1)))
+    assert predicted == [False, False, True, False, False, True, False]
+    assert saved[:6] == predicted[:6]  # the epoch's saver saves at the end
+    savers = [ModelCheckpoint(tmp_path, train_time_interval=timedelta(hours=1))]
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=savers, enable_checkpointing=True)
+    assert internals.saves_after_batch(trainer)
 
 
 def test_hyperparameters_can_be_forgotten():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mmd.callbacks.ema import GeneratorEMA
@@ -13,7 +14,7 @@ from lightning_mmd.callbacks.learning_rates import scale_learning_rates
 from lightning_mmd.checkpoints import read_checkpoint
 from lightning_mmd.finite import refuse_not_finite
 from lightning_mmd.game import DivergedError
-from lightning_mmd.internals import callbacks_of, is_fast_dev_run
+from lightning_mmd.internals import callbacks_of, is_fast_dev_run, saves_after_batch
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["OnDivergence"]
@@ -96,16 +97,30 @@ class OnDivergence(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        keeps = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._kept
+        if keeps or saves_after_batch(trainer):  # otherwise the next update looks
+            healthy = self._look(trainer, pl_module)
+            if keeps and healthy:
+                self._keep(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Look at the state before ModelCheckpoint refuses to save it; whether it was good."""
         assert isinstance(pl_module, MMDGAN)
-        try:  # before ModelCheckpoint refuses to save
+        try:
             refuse_not_finite(pl_module._players(), pl_module.rule)
         except DivergedError as error:
             told = DivergedError(f"training has diverged: {error} is not finite.")
             if not self.on_divergence(trainer, pl_module, told):
                 raise told from error
-            return
-        if trainer.global_step % self.every_n_steps == 0:
-            self._keep(trainer)
+            return False
+        return True
 
     def on_divergence(self, trainer: Trainer, pl_module: MMDGAN, error: DivergedError) -> bool:
         """Go back to the good state, if that is to be done; called on every rank.
