@@ -35,9 +35,11 @@ from lightning_mmd.commands.classifier import train_classifier
 from lightning_mmd.commands.doctor import examine
 from lightning_mmd.commands.evaluate import evaluate
 from lightning_mmd.commands.explanations import NAMED, explain
+from lightning_mmd.commands.export import export
 from lightning_mmd.commands.halving import climb
 from lightning_mmd.commands.runs import command_to_go_on, find_last
-from lightning_mmd.commands.sample import check_checkpoint, sample
+from lightning_mmd.commands.models import check_checkpoint
+from lightning_mmd.commands.sample import sample
 from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
@@ -58,6 +60,8 @@ _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
 Besides the subcommands below,
 'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png' draws samples from a checkpoint,
+'lightning-mmd sample --pretrained mnist' draws from weights that come with this package,
+'lightning-mmd export --ckpt_path FILE --output FOLDER' writes the generator for other programs,
 'lightning-mmd evaluate --ckpt_path FILE --data ... --features ...' scores them: FID, KID and more,
 'lightning-mmd classifier --config FILE' trains a classifier to judge them by,
 'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
@@ -340,6 +344,7 @@ def _doctor(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "sample": _command(sample),
     "evaluate": _command(evaluate),
+    "export": _command(export),
     "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,
