@@ -6,9 +6,11 @@
 
 A run trains for some processor seconds of one thread; at 30, 60, 120, 240 and 480 seconds the
 judge scores 10,000 samples of the averaged generator (`judge.py`). Each score is a row of
-`results/race.csv`; runs that are there are skipped, so a plan that was cut off goes on. Start-up
-and scoring are not counted, everything else is. While searching, the judge compares with the last
-10,000 training images, which nothing trains on; the report is on the test images.
+`results/race.csv`; runs that are there are skipped, so a plan that was cut off goes on. A long run,
+`updates=20000`, is scored every 1,000 updates instead, and goes on from its last score when it was
+cut off. Start-up and scoring are not counted, everything else is. While searching, the judge
+compares with the last 10,000 training images, which nothing trains on; the report is on the test
+images.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import platform
 import subprocess
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,16 @@ FIELDS = [
     "kid", "kid_std", "precision", "recall", "confident", "rarest", "commonest", "end",
     "judge_accuracy", "commit", "torch", "processor", "date",
 ]  # fmt: skip
-DEFAULTS = {"data": "MNIST", "split": "validation", "seed": 0, "seconds": 120, "average": "0.01"}
-COMMON = ("data", "split", "method", "seed", "seconds")  # columns of their own
+DEFAULTS = {
+    "data": "MNIST",
+    "split": "validation",
+    "seed": 0,
+    "seconds": 120,
+    "loop": "bare",
+    "average": "0.01",
+}
+COMMON = ("data", "split", "loop", "method", "seed", "seconds")  # columns of their own
+EVERY = 1000  # updates between the scores of a long run
 HOPELESS = 2.0  # while searching, a run ends early where its KID is so many times the best rate's
 
 
@@ -88,48 +99,92 @@ def rate_factor(spec: Spec, seen: int) -> float:
     return min(1.0, (int(start) / max(seen, 1)) ** float(rest[0]))  # power:A:p
 
 
-def train(spec: Spec, images: Images, judge: Judge, pictures: Path) -> None:
-    """Train one contender, and append a row at each mark."""
-    shape = tuple(images.train.shape[1:])
-    player = contender(spec, images, shape)
-    average = copy.deepcopy(player.generator)
-    rates = [[group["lr"] for group in o.param_groups] for o in player.optimizers]
-    marks = [mark for mark in MARKS if mark <= spec["seconds"]]
-    spent, step, seen = 0.0, 0, 0
-    while marks:
+@dataclass
+class Run:
+    """A training in progress: what a long one needs to go on."""
+
+    player: Contender
+    average: torch.nn.Module
+    rates: list[list[float]]
+    spent: float = 0.0
+    step: int = 0
+    seen: int = 0
+
+    def update(self, spec: Spec, images: Images) -> None:
+        """Move the players and the average once."""
         start = time.process_time()
-        factor = rate_factor(spec, seen)
-        for optimizer, own in zip(player.optimizers, rates, strict=True):
+        factor = rate_factor(spec, self.seen)
+        for optimizer, own in zip(self.player.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, own, strict=True):
                 group["lr"] = rate * factor
-        size = batch_size(spec, seen)
+        size = batch_size(spec, self.seen)
         real = to_unit(images.train[torch.randint(len(images.train), (size,))])
-        player.update(real, step)
+        self.player.update(real, self.step)
         with torch.no_grad():
-            weight = average_weight(spec, step)
-            torch._foreach_lerp_(
-                list(average.parameters()), list(player.generator.parameters()), weight
-            )
-        step, seen = step + 1, seen + size
-        spent += time.process_time() - start
-        if spent >= marks[0]:
-            state = torch.get_rng_state()
-            scores, samples = judge(average, LATENT_DIM, len(marks) == 1)
-            torch.set_rng_state(state)
-            end = "time" if len(marks) == 1 else "cut" if hopeless(spec, marks[0], scores) else ""
-            append(
-                spec, marks[0], step, seen, {**scores, "end": end, "judge_accuracy": judge.accuracy}
-            )
-            name = f"{spec['data']}_{spec['method']}_{spec['seed']}_{marks[0]}.png"
-            pictures.mkdir(parents=True, exist_ok=True)
-            save_image(samples, pictures / name, nrow=8, normalize=True, value_range=(-1, 1))
-            print(
-                f"{spec['method']} {options_of(spec)} seed {spec['seed']}: "
-                f"{marks[0]} s, {step} updates, "
-                + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()),
-                flush=True,
-            )
-            marks = [] if end else marks[1:]
+            weight = average_weight(spec, self.step)
+            own, new = self.average.parameters(), self.player.generator.parameters()
+            torch._foreach_lerp_(list(own), list(new), weight)
+        self.step, self.seen = self.step + 1, self.seen + size
+        self.spent += time.process_time() - start
+
+
+def begin(spec: Spec, images: Images) -> Run:
+    """Make a run, or take up a long one where its last score was."""
+    file = state_file(spec)
+    if "updates" in spec and file.exists():
+        run, random_state = torch.load(file, weights_only=False)  # a file of our own
+        torch.set_rng_state(random_state)
+        return run
+    player = contender(spec, images, tuple(images.train.shape[1:]))
+    rates = [[group["lr"] for group in o.param_groups] for o in player.optimizers]
+    return Run(player, copy.deepcopy(player.generator), rates)
+
+
+def state_file(spec: Spec) -> Path:
+    """Return where a long run keeps its state."""
+    return CACHE / "states" / f"{key(spec)}.pt"
+
+
+def key(spec: Spec) -> str:
+    """Return a short name of a run."""
+    return f"{zlib.crc32(repr(sorted(spec.items())).encode()):08x}"
+
+
+def train(spec: Spec, images: Images, judge: Judge, pictures: Path) -> None:
+    """Train one contender, and append a row at each mark."""
+    run = begin(spec, images)
+    long = "updates" in spec
+    marks = [mark for mark in MARKS if mark <= spec["seconds"]]
+    if long:
+        marks = [*range(run.step // EVERY * EVERY + EVERY, spec["updates"] + 1, EVERY)]
+    while marks:
+        run.update(spec, images)
+        if (run.step if long else run.spent) >= marks[0]:
+            marks = score(spec, run, marks, judge, pictures)
+            if long:
+                state_file(spec).parent.mkdir(parents=True, exist_ok=True)
+                torch.save((run, torch.get_rng_state()), state_file(spec))
+
+
+def score(spec: Spec, run: Run, marks: list[int], judge: Judge, pictures: Path) -> list[int]:
+    """Judge a run at its first mark, append the row, return the marks that are left."""
+    state = torch.get_rng_state()
+    scores, samples = judge(run.average, LATENT_DIM, len(marks) == 1)
+    torch.set_rng_state(state)
+    long = "updates" in spec
+    cut = not long and hopeless(spec, marks[0], scores)
+    last = "updates" if long else "time"
+    end = last if len(marks) == 1 else "cut" if cut else ""
+    seconds = round(run.spent) if long else marks[0]
+    extra = {**scores, "end": end, "judge_accuracy": judge.accuracy}
+    append(spec, seconds, run.step, run.seen, extra)
+    pictures.mkdir(parents=True, exist_ok=True)
+    name = f"{spec['data']}_{spec['method']}_{spec['seed']}_{marks[0]}.png"
+    save_image(samples, pictures / name, nrow=8, normalize=True, value_range=(-1, 1))
+    text = ", ".join(f"{k} {v:.3g}" for k, v in scores.items())
+    who = f"{spec['method']} {options_of(spec)} seed {spec['seed']}"
+    print(f"{who}: {seconds} s, {run.step} updates, {text}", flush=True)
+    return [] if end else marks[1:]
 
 
 def hopeless(spec: Spec, mark: int, scores: dict[str, float]) -> bool:
@@ -156,8 +211,8 @@ def options_of(spec: Spec) -> str:
 def append(spec: Spec, mark: int, step: int, seen: int, scores: dict[str, Any]) -> None:
     """Append a row in one write: several processes share the file."""
     row = {
-        **{k: spec[k] for k in ("data", "split", "method", "seed")},
-        "loop": "bare", "options": options_of(spec), "seconds": mark, "updates": step,
+        **{k: spec[k] for k in ("data", "split", "loop", "method", "seed")},
+        "options": options_of(spec), "seconds": mark, "updates": step,
         "images": seen,
         **{n: v if isinstance(v, str) else f"{v:.5g}" for n, v in scores.items()},
         "commit": commit(), "torch": torch.__version__,
@@ -191,12 +246,14 @@ def rows() -> list[dict[str, str]]:
 
 def done(spec: Spec) -> bool:
     """Whether the last row of a run is there, or the row at which it was broken off."""
-    last = [mark for mark in MARKS if mark <= spec["seconds"]][-1]
+    name, last = "seconds", [mark for mark in MARKS if mark <= spec["seconds"]][-1]
+    if "updates" in spec:
+        name, last = "updates", spec["updates"]
     return any(
         row["method"] == spec["method"]
         and row["options"] == options_of(spec)
-        and all(row[k] == str(spec[k]) for k in ("data", "split", "seed"))
-        and (int(row["seconds"]) >= last or row["end"] == "cut")
+        and all(row[k] == str(spec[k]) for k in ("data", "split", "loop", "seed"))
+        and (int(row[name]) >= last or row["end"] == "cut")
         for row in rows()
     )
 
@@ -222,7 +279,7 @@ def main(root: str, texts: list[list[str]]) -> None:
     for spec in map(parse, texts):
         if done(spec):
             continue
-        claim = CACHE / "claims" / f"{zlib.crc32(repr(sorted(spec.items())).encode()):08x}"
+        claim = CACHE / "claims" / key(spec)
         claim.parent.mkdir(parents=True, exist_ok=True)
         if claim.exists() and os.path.exists(f"/proc/{claim.read_text()}"):
             continue  # another process is at it

@@ -1,15 +1,21 @@
 """Tables and figure of the race, from the rows of `results/race.csv`.
 
-python benchmarks/race_report.py
+    python benchmarks/race_report.py
+
+The tables are printed and put into `README.md` here, between their marks. `race_first.csv` holds
+the rows of a first search, made before the generator of all contenders became faster.
 """
 
 import csv
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
+FIRST = HERE / "results" / "race_first.csv"
 NAMES = {
     "ascent": "GradientAscent",
     "deep_kernel": "DeepKernel",
@@ -33,14 +39,20 @@ def label(row: Row) -> str:
     """Return a method's name with the options that tell its runs apart."""
     options = json.loads(row["options"])
     text = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"{NAMES.get(row['method'], row['method'])}: {text}"
+    name = NAMES.get(row["method"], row["method"])
+    if row["loop"] == "lightning":
+        return f"`lightning-mmd fit`, configs/{name}.yaml"
+    return f"{name}: {text}"
 
 
-def finals(rows: list[Row], split: str = "test") -> dict[str, dict[int, list[Row]]]:
-    """Return rows on a split by method and mark."""
+def finals(
+    rows: list[Row], split: str = "test", data: str = "MNIST"
+) -> dict[str, dict[int, list[Row]]]:
+    """Return rows of timed runs on a split by method and mark."""
     found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["split"] == split:
+        timed = "updates" not in json.loads(row["options"])
+        if timed and (row["split"], row["data"]) == (split, data):
             found[label(row)][int(row["seconds"])].append(row)
     return found
 
@@ -52,9 +64,9 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def final_table(rows: list[Row]) -> list[str]:
+def final_table(rows: list[Row], data: str = "MNIST") -> list[str]:
     """Return the table of runs on test images: FID; KID, medians over seeds."""
-    found = finals(rows)
+    found = finals(rows, data=data)
     marks = sorted({mark for runs in found.values() for mark in runs})
     lines = ["| method | seeds | " + " | ".join(f"{mark} s" for mark in marks) + " |"]
     lines.append("|---" * (len(marks) + 2) + "|")
@@ -66,6 +78,25 @@ def final_table(rows: list[Row]) -> list[str]:
             cells.append(f"{spread(fid)}; {spread(kid)}" if fid else "")
         seeds = max(len(rows) for rows in runs.values())
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def long_table(rows: list[Row]) -> list[str]:
+    """Return the table of long runs: FID; KID and processor seconds at each 2,000 updates."""
+    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if "updates" in json.loads(row["options"]):
+            found[label(row)][int(row["updates"])] = row
+    marks = sorted({m for runs in found.values() for m in runs if m % 2000 == 0})
+    lines = ["| updates | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for mark in marks:
+        cells = [
+            f"{float(r[mark]['fid']):.1f}; {float(r[mark]['kid']):.1f} ({r[mark]['seconds']} s)"
+            if mark in r
+            else ""
+            for r in found.values()
+        ]
+        lines.append(f"| {mark:,} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -115,8 +146,32 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def tables(rows: list[Row], first: list[Row]) -> dict[str, list[str]]:
+    """Return the lines of all tables by the name of their mark."""
+    return {
+        "finals": final_table(rows),
+        "fashion": final_table(rows, "FashionMNIST"),
+        "long": long_table(rows),
+        "search": search_table(rows),
+        "first search": search_table(first),
+    }
+
+
+def inject(text: str, found: dict[str, list[str]]) -> str:
+    """Put tables between their marks ``<!-- name -->`` and ``<!-- end of name -->``."""
+    for name, lines in found.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = "\n".join([start, "", *lines, "", end])
+        text, count = re.subn(f"{start}.*?{end}", lambda _, b=block: b, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{count} places are marked {start} ... {end}, expected one.")
+    return text
+
+
 if __name__ == "__main__":
     every = read()
-    print("\n".join(final_table(every)), end="\n\n")
-    print("\n".join(search_table(every)))
+    found = tables(every, read(FIRST))
+    for lines in found.values():
+        print("\n".join(lines), end="\n\n")
+    README.write_text(inject(README.read_text(), found))
     draw(every, HERE / "figures" / "race.png")

@@ -214,10 +214,11 @@ class ProximalMMD(Rival):
 
 
 class FrozenFeatures:
-    """GFMN (dos Santos et al. 2019): the gap of means in a frozen classifier's features.
+    """GFMN (dos Santos et al. 2019): gaps of means and squares in a frozen classifier's features.
 
-    The classifier was trained on labels, by another seed than the judge's; its means of the data
-    are exact, those of the samples are Adam's moving averages of the gap, as the paper has it.
+    The features are all of its activations, scaled to variance 1 on the data. The classifier was
+    trained on labels, by another seed than the judge's; its means of the data are exact, those of
+    the samples are Adam's moving averages of the gap, as the paper has it.
     """
 
     def __init__(
@@ -226,17 +227,29 @@ class FrozenFeatures:
         self.spec = spec
         self.generator = new_generator(shape, spec)
         self.optimizers = [adam(self.generator.parameters(), spec["lr"], spec)]
-        self.features = network
+        self.layers = list(network.children())
         with torch.no_grad():
-            embedded = torch.cat([network(part) for part in data.split(1000)])
-        self.scale = 1 / embedded.std(0).clamp_min(1e-3)
-        self.target = torch.cat([embedded.mean(0), (embedded * self.scale).square().mean(0)])
+            embedded = [self.activations(part) for part in data.split(1000)]
+            mean = torch.stack([e.mean(0) for e in embedded]).mean(0)
+            square = torch.stack([e.square().mean(0) for e in embedded]).mean(0)
+        self.scale = (square - mean.square()).clamp_min(1e-6).rsqrt()
+        self.target = torch.cat([mean * self.scale, square * self.scale.square()])
         self.gap = nn.Parameter(torch.zeros_like(self.target))
         self.average = torch.optim.Adam([self.gap], spec.get("lr_average", 1e-2), (0.9, 0.999))
 
+    def activations(self, x: Tensor) -> Tensor:
+        """Return the outputs of all activations, side by side, (n, r)."""
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.SiLU):
+                outputs.append(x.flatten(1))
+        return torch.cat(outputs, 1)
+
     def update(self, real: Tensor, step: int) -> None:
-        e = self.features(self.generator(torch.randn(len(real), LATENT_DIM)))
-        gap = self.target - torch.cat([e.mean(0), (e * self.scale).square().mean(0)])
+        """Move the averages of the gap, then the generator along them."""
+        e = self.activations(self.generator(torch.randn(len(real), LATENT_DIM))) * self.scale
+        gap = self.target - torch.cat([e.mean(0), e.square().mean(0)])
         self.average.zero_grad()
         self.gap.grad = self.gap.detach() - gap.detach()
         self.average.step()
@@ -282,7 +295,12 @@ def new_rule(spec: Spec) -> UpdateRule:
     """Return a rule of this package."""
     slope = spec.get("slope", 0.0)
     penalty = (
-        SlopePenalty(slope, at=spec.get("slope_at", "real"), interval=spec.get("slope_interval", 1))
+        SlopePenalty(
+            slope,
+            at=spec.get("slope_at", "real"),
+            target=spec.get("slope_target", 0.0),
+            interval=spec.get("slope_interval", 1),
+        )
         if slope
         else None
     )

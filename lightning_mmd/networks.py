@@ -8,9 +8,46 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvClassifier", "ConvFeatures", "ConvGenerator", "MLPFeatures", "MLPGenerator"]
+__all__ = [
+    "ConvClassifier",
+    "ConvFeatures",
+    "ConvGenerator",
+    "DoublingConv2d",
+    "MLPFeatures",
+    "MLPGenerator",
+]
+
+
+class DoublingConv2d(nn.Conv2d):
+    r"""Nearest-neighbour doubling and a 3x3 convolution with zero padding, in one pass.
+
+    The same function of the same parameters as ``nn.Upsample(scale_factor=2)`` and then
+    ``nn.Conv2d(in_channels, out_channels, 3, padding=1)``. A doubled image has each value four
+    times, so that sums of the kernel's weights do on the small image what its weights do on the
+    large one: a transposed convolution of stride 2 whose 4x4 kernel is the 3x3 kernel convolved
+    with ones(2, 2). It multiplies 4 / 9 as often, and on a CPU takes about half of the time.
+
+    Args:
+        in_channels: Channels of the small image, >= 1.
+        out_channels: Channels of the image that is twice as large.
+
+    Example:
+        >>> import torch
+        >>> DoublingConv2d(3, 5)(torch.randn(2, 3, 7, 6)).shape
+        torch.Size([2, 5, 14, 12])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images (n, in_channels, h, w) to (n, out_channels, 2 h, 2 w)."""
+        k = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        k = k[..., 1:, 1:] + k[..., 1:, :-1] + k[..., :-1, 1:] + k[..., :-1, :-1]
+        return F.conv_transpose2d(input, k, self.bias, stride=2, padding=1)
 
 
 class ConvGenerator(nn.Module):
@@ -45,8 +82,7 @@ class ConvGenerator(nn.Module):
             *_normalised(channels[0]),
         ]
         for before, after in pairwise(channels):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
-            layers += _normalised(after)
+            layers += [DoublingConv2d(before, after), *_normalised(after)]
         layers += [nn.Conv2d(channels[-1], out_channels, 3, padding=1), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 

@@ -150,7 +150,8 @@ class Policy(ABC):
             path: A dotted path.
             name: The argument, for the message.
         """
-        if not isinstance(path, str) or "." not in path:
+        parts = path.split(".") if isinstance(path, str) else []
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
             raise UntrustedError(f"{name}: expected a class path such as torch.nn.ReLU: {path!r}.")
         module, _, rest = path.rpartition(".")
         while module:
@@ -163,6 +164,8 @@ class Policy(ABC):
                 rest = f"{last}.{rest}"
             else:
                 for part in rest.split("."):
+                    if not hasattr(found, part):
+                        raise UntrustedError(f"{name}: {module} has no {rest}. Check its spelling.")
                     found = getattr(found, part)
                 return found
         raise UntrustedError(f"{name}: there is no module of {path!r}. Check its spelling.")

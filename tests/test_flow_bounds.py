@@ -49,7 +49,10 @@ def test_plain_flow_stays_under_its_bound():
         for n in range(26)
     ]
     assert bounds[0] == pytest.approx(start)
-    assert all(state.mmd2 <= bound for state, bound in zip(states, bounds, strict=True))
+    rounding = 1 + 1e-12  # at the start the two are equal
+    assert all(
+        state.mmd2 <= bound * rounding for state, bound in zip(states, bounds, strict=True)
+    )
     # One step: dF <= -s (1 - s L / 2) D, and D >= MMD^4 / S^2 by the definition of S.
     assert bounds[1] < start
     first = negative_sobolev_distance(x, y, KERNEL, regulariser=1e-9)

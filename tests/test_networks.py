@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mmd.networks import ConvFeatures, ConvGenerator, MLPFeatures, MLPGenerator
+from lightning_mmd.networks import (
+    ConvFeatures,
+    ConvGenerator,
+    DoublingConv2d,
+    MLPFeatures,
+    MLPGenerator,
+)
+from lightning_mmd.pushforward import Pushforward
 
 SIZES = [(1, 8, 8), (1, 16, 16), (1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 8, 8), (3, 12, 20)]
 SMOOTH = (nn.SiLU, nn.Tanh)
-LINEAR = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.Upsample, nn.Sequential)
+LINEAR = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.Sequential)
 
 
 def generators():
@@ -134,3 +141,37 @@ def test_bad_sizes_are_refused(build, match):
 
 def test_fewer_channels_as_the_message_says():
     assert ConvGenerator((1, 10, 8), channels=(8, 8))(torch.randn(2, 32)).shape == (2, 1, 10, 8)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 1, 1, 1), (1, 4, 3, 7)], ids=str)
+def test_a_doubling_convolution_is_doubling_and_a_convolution(shape):
+    layer = DoublingConv2d(shape[1], 6)
+    twin = nn.Conv2d(shape[1], 6, 3, padding=1)
+    twin.load_state_dict(layer.state_dict())
+    two = nn.Sequential(nn.Upsample(scale_factor=2), twin)
+    x = torch.randn(shape, requires_grad=True)
+    tangent, weights = torch.randn_like(x), [torch.randn_like(p) for p in layer.parameters()]
+
+    def derivatives(network):
+        y = network(x)
+        first = torch.autograd.grad(y.pow(3).sum(), [x, *network.parameters()], create_graph=True)
+        along = sum((g * w).sum() for g, w in zip(first, [tangent, *weights], strict=True))
+        second = torch.autograd.grad(along, [x, *network.parameters()])
+        forward = Pushforward(network, x).tangent(torch.cat([w.flatten() for w in weights]))
+        return y, *first, *second, forward
+
+    for one, other in zip(derivatives(layer), derivatives(two), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_generators_and_plain_layers_draw_the_same_weights():
+    torch.manual_seed(3)
+    ours = ConvGenerator((1, 8, 8), 4, (6, 4))
+    torch.manual_seed(3)
+    plain = nn.Sequential(
+        *(nn.Linear(4, 96), nn.Unflatten(1, (6, 4, 4)), nn.GroupNorm(3, 6), nn.SiLU()),
+        *(nn.Upsample(scale_factor=2), nn.Conv2d(6, 4, 3, padding=1), nn.GroupNorm(2, 4)),
+        *(nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1), nn.Tanh()),
+    )
+    z = torch.randn(5, 4)
+    torch.testing.assert_close(ours(z), plain(z), rtol=1e-12, atol=1e-12)

@@ -352,6 +352,15 @@ def test_any_text_is_plain_or_refused(text):
             assert type(policy) is Configuration
 
 
+@pytest.mark.parametrize(
+    "path", ["..", "/.", ".x", "a..b", "os.path.", "torch.nn.Nothing", "a b.c"]
+)
+def test_a_path_of_no_class_is_named(path):
+    for policy in (Configuration(), Checkpoint()):
+        with pytest.raises(UntrustedError, match="class path|no Nothing|not imported"):
+            policy.check({"x": {"class_path": path}})
+
+
 SECRETS = {
     "api_key: 0123456789abcdef": "api_key: ***",
     '{"token": "abc", "x": 1}': '{"token": "***", "x": 1}',
