@@ -44,7 +44,7 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _use(name: str) -> str:
     return (
         "```python\nfrom lightning_mmd import MMDGAN\n\n"
-        f'model = MMDGAN.from_pretrained("{name}")\nimages = model.sample(64)  # in [-1, 1]\n```\n\n'
+        f'model = MMDGAN.from_pretrained("{name}")\nimages = model.sample(64)\n```\n\n'
         f"or `lightning-mmd sample --pretrained {name} --output samples.png`."
     )
 

@@ -20,7 +20,6 @@ from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
 )
 
 from lightning_mmd.callbacks import (
@@ -32,22 +31,24 @@ from lightning_mmd.callbacks import (
     StoppedError,
 )
 from lightning_mmd.commands.classifier import train_classifier
+from lightning_mmd.commands.configurations import SaveMaskedConfig
 from lightning_mmd.commands.doctor import examine
 from lightning_mmd.commands.evaluate import evaluate
 from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.export import export
 from lightning_mmd.commands.halving import climb
-from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.models import check_checkpoint
+from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.sample import sample
-from lightning_mmd.commands.wandb_logs import start_or_go_offline
+from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
+from lightning_mmd.commands.wandb_logs import send_table, start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
     callbacks_of,
     is_fast_dev_run,
     short_help,
 )
-from lightning_mmd.masking import mask, masked
+from lightning_mmd.masking import mask
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.safety import Configuration
 
@@ -98,13 +99,6 @@ class _Parts:
     """What a configuration has beside model and trainer."""
 
     def __init__(self, data: LightningDataModule) -> None: ...
-
-
-class SaveMaskedConfig(SaveConfigCallback):
-    """Saves the configuration of a run beside its logs, without what looks like a secret."""
-
-    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(parser, masked(config), *args, **kwargs)
 
 
 class MMDCLI(LightningCLI):
@@ -164,8 +158,9 @@ class MMDCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Never let Weights & Biases stop a run to ask for a login."""
+        """Never let W&B stop a run to ask for a login, nor TensorBoard make up a metric."""
         start_or_go_offline(self.trainer)
+        without_hp_metric(self.trainer)
 
     before_validate = before_test = before_fit
 
@@ -178,6 +173,8 @@ class MMDCLI(LightningCLI):
         if checkpoint is None and folder and not is_fast_dev_run(self.trainer):
             checkpoint = Path(folder) / "last.ckpt"
             self.trainer.save_checkpoint(checkpoint, weights_only=False)
+        send_table(self.trainer)
+        send_final_scores(self.trainer)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
 

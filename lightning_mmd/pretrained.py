@@ -84,9 +84,7 @@ class Pretrained(LightningModule):
         tensors = self._weights(for_sampling)
         if store_as is not None:
             wanted = _DTYPES[store_as]
-            tensors = {
-                n: t.to(wanted) if t.is_floating_point() else t for n, t in tensors.items()
-            }
+            tensors = {n: t.to(wanted) if t.is_floating_point() else t for n, t in tensors.items()}
         config = self._config(tensors, for_sampling, store_as)
         try:
             text = json.dumps(config, indent=1, sort_keys=True)
@@ -257,7 +255,9 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} is cut off or damaged: {error}.") from error
     if any(bool(t.isnan().any()) for t in tensors.values()):
-        raise ValueError(f"{folder / WEIGHTS} holds values that are no numbers (NaN). Do not use it.")
+        raise ValueError(
+            f"{folder / WEIGHTS} holds values that are no numbers (NaN). Do not use it."
+        )
     average = {n.removeprefix("average."): t for n, t in tensors.items() if n[:8] == "average."}
     own = {n: t for n, t in tensors.items() if n[:8] != "average."}
     return {

@@ -50,9 +50,7 @@ def test_plain_flow_stays_under_its_bound():
     ]
     assert bounds[0] == pytest.approx(start)
     rounding = 1 + 1e-12  # at the start the two are equal
-    assert all(
-        state.mmd2 <= bound * rounding for state, bound in zip(states, bounds, strict=True)
-    )
+    assert all(state.mmd2 <= bound * rounding for state, bound in zip(states, bounds, strict=True))
     # One step: dF <= -s (1 - s L / 2) D, and D >= MMD^4 / S^2 by the definition of S.
     assert bounds[1] < start
     first = negative_sobolev_distance(x, y, KERNEL, regulariser=1e-9)

@@ -96,7 +96,7 @@ def test_weights_are_rounded_on_request(model, tmp_path):
 def test_a_model_made_in_python_is_given_its_networks(tmp_path):
     model = in_python(latents=3, beta=0.3)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="how critic and generator are built.*made in Python"):
+    with pytest.raises(ValueError, match=r"how critic and generator are built.*made in Python"):
         MMDGAN.from_pretrained(tmp_path)
     other = ascent(MLPGenerator(2, 3), LearnedKernelCritic(MLPFeatures(2, 4), 4), latents=3)
     parts = {"generator": other.generator, "critic": other.critic}
@@ -144,7 +144,7 @@ def test_folders_that_are_not_whole_are_told_of(model, tmp_path):
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         MMDGAN.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="no weights named 'digitz'.*digits and mnist"):
+    with pytest.raises(FileNotFoundError, match=r"no weights named 'digitz'.*digits and mnist"):
         MMDGAN.from_pretrained("digitz")
 
 
@@ -216,7 +216,7 @@ def test_the_packages_own_weights_sample(name, tmp_path):
 
 def test_sample_takes_one_of_checkpoint_and_weights():
     for args in ([], ["--pretrained=digits", "--ckpt_path=x.ckpt"]):
-        with pytest.raises(ValueError, match="either --ckpt_path FILE or --pretrained NAME"):
+        with pytest.raises(ValueError, match=r"either --ckpt_path FILE or --pretrained NAME"):
             run(["sample", *args])
 
 
