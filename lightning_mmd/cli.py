@@ -41,7 +41,7 @@ from lightning_mmd.commands.models import check_checkpoint
 from lightning_mmd.commands.runs import command_to_go_on, find_last
 from lightning_mmd.commands.sample import sample
 from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
-from lightning_mmd.commands.wandb_logs import send_table, start_or_go_offline
+from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
     callbacks_of,
@@ -173,7 +173,6 @@ class MMDCLI(LightningCLI):
         if checkpoint is None and folder and not is_fast_dev_run(self.trainer):
             checkpoint = Path(folder) / "last.ckpt"
             self.trainer.save_checkpoint(checkpoint, weights_only=False)
-        send_table(self.trainer)
         send_final_scores(self.trainer)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))

@@ -100,6 +100,3 @@ def test_two_runs_and_what_the_first_one_holds(tmp_path):
     ]
     logged = [row for row in rows if set(row) - {"_step", "_runtime", "_timestamp"}]
     assert all("trainer/global_step" in row for row in logged)  # one axis
-    (table,) = (row["samples_by_update"] for row in rows if "samples_by_update" in row)
-    assert table["nrows"] == 2  # before the first update and after the last
-    assert table["ncols"] == 2

@@ -6,10 +6,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_mmd.callbacks import SampleGrid
-from lightning_mmd.internals import callbacks_of, offline, switch_offline
+from lightning_mmd.internals import offline, switch_offline
 
-__all__ = ["send_table", "start_or_go_offline"]
+__all__ = ["start_or_go_offline"]
 
 
 def start_or_go_offline(trainer: Trainer) -> None:
@@ -43,25 +42,3 @@ def start_or_go_offline(trainer: Trainer) -> None:
             f"Weights & Biases: {reason}, so the run is logged offline. Run 'wandb login' once, or "
             "set WANDB_API_KEY; 'wandb sync' uploads the folder later."
         )
-
-
-def send_table(trainer: Trainer) -> None:
-    """Hand the pictures of a run to W&B as one table, a row an update.
-
-    Args:
-        trainer: A trainer that has fitted. Each `SampleGrid` whose pictures lie on this disk gives
-            a table, ``samples_by_update`` for the one that is named ``samples``.
-    """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers or not trainer.is_global_zero:
-        return
-    import wandb
-
-    for grid in callbacks_of(trainer):
-        if not isinstance(grid, SampleGrid) or grid.last_path is None:
-            continue
-        files = sorted(grid.last_path.parent.glob("step=*.png"))
-        for logger in loggers:
-            rows = [[int(f.stem.partition("=")[2]), wandb.Image(str(f))] for f in files]
-            table = {f"{grid.name}_by_update": wandb.Table(["update", "samples"], rows)}
-            logger.experiment.log({**table, "trainer/global_step": trainer.global_step})
