@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     )
     from lightning_mmd.pushforward import parametric_gradient, parametric_tangent
     from lightning_mmd.rates import convergence_rates, suggest_hyperparameters
+    from lightning_mmd.standard import standard_rule
     from lightning_mmd.witness import (
         Image,
         ParametricGramian,
@@ -172,6 +173,7 @@ _HOMES = {
     "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
     "pushforward": ["parametric_gradient", "parametric_tangent"],
     "rates": ["convergence_rates", "suggest_hyperparameters"],
+    "standard": ["standard_rule"],
     "witness": ["Image", "ParametricGramian", "System", "WitnessSolution", "solve_witness"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -21,7 +21,6 @@ from lightning_mmd.checkpoints import (
     use_whole_checkpoints,
     warn_of_inexact_order,
 )
-from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.critic_warnings import warn_of_kinks
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.finite import refuse_not_finite, refuse_to_save
@@ -43,6 +42,7 @@ from lightning_mmd.pretrained import Pretrained
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
 from lightning_mmd.safety import opened
+from lightning_mmd.standard import standard_rule
 
 __all__ = ["MMDGAN"]
 
@@ -52,8 +52,8 @@ _PLAIN = (bool, int, float, str, type(None))
 class MMDGAN(Pretrained):
     r"""A generator trained against a kernel critic, by an update rule.
 
-    The rule is the algorithm: `ClosedForm` solves for the critic and descends the MMD,
-    `GradientAscent` trains the critic, `DeepKernel` trains a kernel. This class samples, keeps the
+    The rule is the algorithm: `GradientAscent` trains the critic, `ClosedForm` solves for it and
+    descends the MMD, `DeepKernel` trains a kernel. This class samples, keeps the
     clocks, shares work among processes, saves and logs.
 
     One batch is one critic step, and every ``critic_steps``-th batch moves the generator too.
@@ -71,7 +71,7 @@ class MMDGAN(Pretrained):
         generator: Any module from latents to samples.
         critic: What the rule trains: a ``LearnedKernelCritic``, any module from samples to values
             (n,) or (n, 1), or a module from samples to embeddings.
-        rule: How the two move. Default: ``ClosedForm()``.
+        rule: How the two move. Default: `standard_rule`, the one that draws best.
         latents: Length of a standard normal latent vector, or a callable from a number n to
             latents for n samples, alone or in a tuple with labels, see `Latents`.
         critic_steps: Critic steps, each on a batch of its own, for one generator update, >= 1.
@@ -137,7 +137,7 @@ class MMDGAN(Pretrained):
             critic_clip_norm=critic_clip_norm,
         )
         # The rule keeps state, which two models must not share.
-        self.rule = ClosedForm() if rule is None else copy.deepcopy(rule)
+        self.rule = standard_rule(critic) if rule is None else copy.deepcopy(rule)
         self.rule.check(generator, critic)
         self._rule_as_given = repr(self.rule)
         # Built by a command line, all arguments are recorded as class paths and a checkpoint loads

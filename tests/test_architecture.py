@@ -59,6 +59,7 @@ FLOORS = {
     "feature_metrics": 6,
     "networks": 6,
     "processes": 6,
+    "standard": 6,
     "safety": 7,
     "checkpoints": 7,
     "pretrained": 7,

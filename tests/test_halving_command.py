@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
 )
 
-from lightning_mmd import MMDGAN, LearnedKernelCritic
+from lightning_mmd import MMDGAN, ClosedForm, LearnedKernelCritic
 from lightning_mmd.callbacks import BandwidthSchedule, ConvergenceMonitor, GeneratorEMA
 from lightning_mmd.cli import HalvingCLI, halving, main
 from lightning_mmd.commands.halving import climb, shorten_steps
@@ -76,7 +76,8 @@ CONFIG = {
 def schedule(factor, num_steps, scheduler, **kwargs):
     """Learning rates of generator and critic at every step, and their optimizers."""
     critic = LearnedKernelCritic(MLPFeatures(2, 4), 4)
-    model = MMDGAN(MLPGenerator(2, 2), critic, latents=2, generator_scheduler=scheduler, **kwargs)
+    rule, scheduler = ClosedForm(), {"generator_scheduler": scheduler}
+    model = MMDGAN(MLPGenerator(2, 2), critic, rule, latents=2, **scheduler, **kwargs)
     shorten_steps(model, factor)
     optimizers, schedulers = model.configure_optimizers()
     rates = []

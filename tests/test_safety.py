@@ -357,7 +357,7 @@ def test_any_text_is_plain_or_refused(text):
 )
 def test_a_path_of_no_class_is_named(path):
     for policy in (Configuration(), Checkpoint()):
-        with pytest.raises(UntrustedError, match="class path|no Nothing|not imported"):
+        with pytest.raises(UntrustedError, match=r"class path|no Nothing|not imported"):
             policy.check({"x": {"class_path": path}})
 
 
