@@ -42,7 +42,7 @@ def fit(*args):
 
 
 def scan(content):
-    """Yield what a log of LevelDB's format holds: blocks of 32 KiB, records cut at their borders."""
+    """Yield what a log of LevelDB's format holds: blocks of 32 KiB, whose borders cut records."""
     position, whole = 7, b""  # behind W&B's own header
     while position + 7 <= len(content):
         left = 32768 - position % 32768
