@@ -20,7 +20,6 @@ from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
 )
 
 from lightning_mmd.callbacks import (
@@ -32,12 +31,16 @@ from lightning_mmd.callbacks import (
     StoppedError,
 )
 from lightning_mmd.commands.classifier import train_classifier
+from lightning_mmd.commands.configurations import SaveMaskedConfig
 from lightning_mmd.commands.doctor import examine
 from lightning_mmd.commands.evaluate import evaluate
 from lightning_mmd.commands.explanations import NAMED, explain
+from lightning_mmd.commands.export import export
 from lightning_mmd.commands.halving import climb
+from lightning_mmd.commands.models import check_checkpoint
 from lightning_mmd.commands.runs import command_to_go_on, find_last
-from lightning_mmd.commands.sample import check_checkpoint, sample
+from lightning_mmd.commands.sample import sample
+from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
 from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
 from lightning_mmd.internals import (
@@ -45,7 +48,7 @@ from lightning_mmd.internals import (
     is_fast_dev_run,
     short_help,
 )
-from lightning_mmd.masking import mask, masked
+from lightning_mmd.masking import mask
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.safety import Configuration
 
@@ -58,6 +61,8 @@ _DESCRIPTION = """Train MMD GANs with a regularised kernel critic.
 
 Besides the subcommands below,
 'lightning-mmd sample --ckpt_path FILE --num 64 --output grid.png' draws samples from a checkpoint,
+'lightning-mmd sample --pretrained mnist' draws from weights that come with this package,
+'lightning-mmd export --ckpt_path FILE --output FOLDER' writes the generator for other programs,
 'lightning-mmd evaluate --ckpt_path FILE --data ... --features ...' scores them: FID, KID and more,
 'lightning-mmd classifier --config FILE' trains a classifier to judge them by,
 'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
@@ -94,13 +99,6 @@ class _Parts:
     """What a configuration has beside model and trainer."""
 
     def __init__(self, data: LightningDataModule) -> None: ...
-
-
-class SaveMaskedConfig(SaveConfigCallback):
-    """Saves the configuration of a run beside its logs, without what looks like a secret."""
-
-    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(parser, masked(config), *args, **kwargs)
 
 
 class MMDCLI(LightningCLI):
@@ -160,8 +158,9 @@ class MMDCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Never let Weights & Biases stop a run to ask for a login."""
+        """Never let W&B stop a run to ask for a login, nor TensorBoard make up a metric."""
         start_or_go_offline(self.trainer)
+        without_hp_metric(self.trainer)
 
     before_validate = before_test = before_fit
 
@@ -174,6 +173,7 @@ class MMDCLI(LightningCLI):
         if checkpoint is None and folder and not is_fast_dev_run(self.trainer):
             checkpoint = Path(folder) / "last.ckpt"
             self.trainer.save_checkpoint(checkpoint, weights_only=False)
+        send_final_scores(self.trainer)
         if self.trainer.is_global_zero:
             print(summary(self.trainer, checkpoint))
 
@@ -340,6 +340,7 @@ def _doctor(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "sample": _command(sample),
     "evaluate": _command(evaluate),
+    "export": _command(export),
     "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.compile import to_uncompiled
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "change_logged_hyperparameters",
     "is_fast_dev_run",
     "keep_hyperparameters",
+    "leave_hp_metric_out",
     "offline",
     "replace_imports",
     "saves_after_batch",
@@ -116,6 +117,11 @@ def uncounted(optimizer: LightningOptimizer) -> LightningOptimizer:
 def offline(logger: WandbLogger) -> bool:
     """Whether a W&B logger was asked to log offline."""
     return bool(logger._offline)
+
+
+def leave_hp_metric_out(logger: TensorBoardLogger) -> None:
+    """Let a TensorBoard logger not write ``hp_metric = -1`` beside the hyperparameters."""
+    logger._default_hp_metric = False
 
 
 def switch_offline(logger: WandbLogger) -> None:

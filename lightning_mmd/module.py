@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
@@ -39,6 +38,7 @@ from lightning_mmd.latents import Inputs, Latents, as_inputs
 from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 from lightning_mmd.passes import copy_network, counter_seed, evaluating, full_precision, seeded
+from lightning_mmd.pretrained import Pretrained
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
 from lightning_mmd.safety import opened
@@ -49,7 +49,7 @@ __all__ = ["MMDGAN"]
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class MMDGAN(LightningModule):
+class MMDGAN(Pretrained):
     r"""A generator trained against a kernel critic, by an update rule.
 
     The rule is the algorithm: `GradientAscent` trains the critic, `ClosedForm` solves for it and
@@ -577,10 +577,14 @@ class MMDGAN(LightningModule):
             raise ValueError("hparams_file is not read. Give arguments by name: beta=0.1, ...")
         weights_only = weights_only is not False
         saved = read_checkpoint(checkpoint_path, weights_only=weights_only)
-        with opened(cls, saved.get("hyper_parameters") or {}, kwargs, trust):
-            return super().load_from_checkpoint(
+        recorded = saved.get("hyper_parameters") or {}
+        with opened(cls, recorded, kwargs, trust):
+            model = super().load_from_checkpoint(
                 checkpoint_path, map_location, None, strict, weights_only, **kwargs
             )
+        if "_instantiator" in recorded and all(isinstance(v, _PLAIN) for v in kwargs.values()):
+            model.save_hyperparameters(recorded | kwargs)  # class paths, for the next file
+        return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counters and the rule's state; compare processes' parameters.
@@ -630,7 +634,12 @@ class MMDGAN(LightningModule):
         self.images_seen = state["images_seen"]
         self.cumulative_lr = state["cumulative_lr"]
         self._generator_metrics = dict(state["generator_metrics"])
-        self.rule.load_state_dict(state["rule_state"])
+        pretrained = state.get("pretrained")
+        if pretrained is None:
+            self.rule.load_state_dict(state["rule_state"])
+        elif pretrained["without_critic"]:
+            fresh = {n: p for n, p in self.state_dict().items() if n.startswith("critic.")}
+            checkpoint["state_dict"] |= fresh
         self.saved_average = state.get("average")
         trainer = attached_trainer(self)
         trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING

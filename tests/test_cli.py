@@ -122,7 +122,7 @@ def test_wandb_offline_holds_scalars_and_images(tmp_path, monkeypatch):
     wandb.finish()
     assert summary["trainer/global_step"] == summary["critic_step"] == 4
     assert summary["critic/parametric_gradient_norm"] > 0
-    assert 0 < summary["val/mmd2"] < 2
+    assert 0 < summary["val/mmd2"]["min"] <= summary["val/mmd2"]["last"] < 2
     (run,) = tmp_path.glob("runs/wandb/offline-run-*")
     assert len(list(run.glob("files/media/images/samples*.png"))) == 2
     log, deadline = next(run.glob("*.wandb")), time.monotonic() + 20
@@ -169,6 +169,11 @@ def test_tensorboard_composes(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("critic/gap")] == [1, 2, 3, 4]
     assert [event.step for event in events.Images("samples")] == [0, 4]
+    tags = events.Tags()["scalars"]
+    assert "hp_metric" not in tags  # Lightning writes -1 there
+    (final,) = events.Scalars("final/val/mmd2")
+    assert (final.step, final.value) == (4, events.Scalars("val/mmd2")[-1].value)
+    assert "_hparams_/session_start_info" in events.summary_metadata
 
 
 def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys):

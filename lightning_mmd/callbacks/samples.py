@@ -13,7 +13,7 @@ from lightning_mmd.data import import_torchvision
 from lightning_mmd.internals import is_fast_dev_run
 from lightning_mmd.processes import together
 
-__all__ = ["SampleGrid"]
+__all__ = ["SampleGrid", "run_directory"]
 
 SCATTER_BINS = 128
 
@@ -114,7 +114,7 @@ class SampleGrid(GeneratorCadence):
         picture = self.draw(model.sample(latents))
         if is_fast_dev_run(trainer):
             return
-        directory = _run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
+        directory = run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
         self.last_path = Path(directory) / f"step={self.updates:06d}.png"
         self.save(picture, self.last_path)
         send_picture(trainer, self.name, picture, self.last_path, self.updates)
@@ -168,7 +168,7 @@ class SampleGrid(GeneratorCadence):
         return 1 - (counts / counts.max()).sqrt().T.flip(0)
 
 
-def _run_directory(trainer: Trainer) -> Path:
+def run_directory(trainer: Trainer) -> Path:
     """Return the run's own directory, where ModelCheckpoint makes its ``checkpoints`` too."""
     if not trainer.loggers:
         return Path(trainer.default_root_dir)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mmd.commands.sample import load_model
+from lightning_mmd.commands.models import load_either
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.feature_metrics import FeatureMetrics
 from lightning_mmd.kernels import Kernel, RationalQuadratic, SumKernel
@@ -24,9 +24,10 @@ _ORDER = ("fid", "kid", "kid_std", "precision", "recall", "mmd2")
 
 
 def evaluate(
-    ckpt_path: Path,
     data: SampleDataModule,
     features: nn.Module,
+    ckpt_path: Path | None = None,
+    pretrained: str | None = None,
     num: int = 10_000,
     split: Literal["validation", "test"] = "test",
     output: Path | None = None,
@@ -37,12 +38,13 @@ def evaluate(
     """Score samples of a checkpoint against held-out data; beside each score, that of real data.
 
     Args:
-        ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote; averaged weights are used where it
-            has any.
         data: The data module.
         features: Network that embeds images, for example ``ClassifierFeatures``,
             ``TorchvisionFeatures`` or ``InceptionFeatures``. It should be one that training has not
             seen.
+        ckpt_path: Checkpoint that ``lightning-mmd fit`` wrote; averaged weights are used where it
+            has any.
+        pretrained: In place of a checkpoint, saved weights, see ``lightning-mmd sample``.
         num: Samples and real images to compare, >= 4; the held-out images may be fewer.
         split: Which images to compare with. Choose between trainings on ``validation``, and report
             ``test`` once.
@@ -58,7 +60,7 @@ def evaluate(
         raise ValueError(
             f"--num must be at least 4 and --batch_size at least 1, got {num} and {batch_size}."
         )
-    model = load_model(ckpt_path, trust)
+    model = load_either(ckpt_path, pretrained, trust)
     data.prepare_data()
     data.setup("test")
     held_out = _take(data.test_dataloader() if split == "test" else data.val_dataloader(), num)
@@ -72,7 +74,7 @@ def evaluate(
         )
     scores, floors = score(held_out, (samples, training), features, batch_size, seed)
     report = {
-        "checkpoint": str(ckpt_path),
+        "checkpoint": str(pretrained if ckpt_path is None else ckpt_path),
         "data": type(data).__name__,
         "split": split,
         "features": type(features).__name__,

@@ -1,0 +1,102 @@
+"""What a W&B run holds, read back from the file of an offline run."""
+
+import json
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_mmd.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def offline_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def fit(*args):
+    import wandb
+
+    main(
+        [
+            "fit",
+            f"--config={CONFIGS}/digits_closed_form.yaml",
+            f"--config={CONFIGS}/loggers/wandb.yaml",
+            "--trainer.logger.init_args.offline=true",
+            "--trainer.enable_model_summary=false",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.max_steps=2",
+            *args,
+        ]
+    )
+    name = wandb.run.id
+    wandb.finish()
+    return name
+
+
+def scan(content):
+    """Yield what a log of LevelDB's format holds: blocks of 32 KiB, whose borders cut records."""
+    position, whole = 7, b""  # behind W&B's own header
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<4xHB", content[position : position + 7])
+        part = content[position + 7 : position + 7 + length]
+        position += 7 + length
+        whole = part if kind in (1, 2) else whole + part
+        if kind in (1, 4) and len(part) == length:
+            yield whole
+
+
+def read(file):
+    """Return the records of a run's file; the last says how the run ended."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + 30
+    while True:
+        records = [Record.FromString(data) for data in scan(file.read_bytes())]
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            return records
+        assert time.monotonic() < deadline, "the run's file is not finished"
+        time.sleep(0.1)
+
+
+def test_two_runs_and_what_the_first_one_holds(tmp_path):
+    first = fit("--model.rule.beta=0.25")
+    second = fit("--model.rule.beta=0.5")
+    configs = {p.parent.name: yaml.safe_load(p.read_text()) for p in tmp_path.rglob("config.yaml")}
+    betas = {n: c["model"]["rule"]["init_args"]["beta"] for n, c in configs.items() if n != "files"}
+    assert betas == {first: 0.25, second: 0.5}  # one file a run: it was the last one's alone
+
+    (file,) = tmp_path.glob(f"runs/wandb/offline-run-*{first}/*.wandb")
+    records = read(file)
+    config = {}
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        update = record.run.config if kind == "run" else record.config
+        config |= {u.key: json.loads(u.value_json) for u in update.update}
+    saved = configs[first]
+    for part in ("model", "data", "trainer", "seed_everything"):
+        assert config[part] == saved[part]
+    assert config["lightning_mmd"]
+
+    metrics = {r.metric.name: r.metric for r in records if r.WhichOneof("record_type") == "metric"}
+    assert metrics["val/mmd2"].summary.min
+    assert metrics["val/mmd2"].step_metric == "trainer/global_step"
+
+    rows = [
+        {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    logged = [row for row in rows if set(row) - {"_step", "_runtime", "_timestamp"}]
+    assert all("trainer/global_step" in row for row in logged)  # one axis
