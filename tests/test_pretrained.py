@@ -286,7 +286,8 @@ def test_the_generator_as_onnx():
     for num in (1, 7):  # any number of rows
         z = model.fixed_latents(num)
         (found,) = session.run(None, {"latents": z.numpy()})
-        torch.testing.assert_close(torch.tensor(found), model.sample(num, z), atol=1e-6, rtol=0)
+        # Sums in float32 by another library, in another order.
+        torch.testing.assert_close(torch.tensor(found), model.sample(num, z), atol=4e-6, rtol=0)
 
 
 class Labelled(nn.Module):
