@@ -131,6 +131,7 @@ def copy_network(network: Network) -> Network:
 
     Weights that a hook computes anew before each call (``torch.nn.utils.weight_norm``, the older
     ``spectral_norm``) hang on a graph, which ``copy.deepcopy`` refuses; they are copied as values.
+    Hooks by which callbacks of this package watch the network are left out.
 
     Args:
         network: The network.
@@ -145,13 +146,26 @@ def copy_network(network: Network) -> Network:
         for name, value in list(values.items())
         if isinstance(value, Tensor) and not value.is_leaf
     ]
+    hooks = [
+        (own, dict(own))
+        for module in network.modules()
+        for own in (module._forward_hooks, module._forward_pre_hooks)
+        if own
+    ]
     for values, name, value in computed:
         values[name] = value.detach()
+    for own, before in hooks:
+        for key, hook in before.items():
+            if type(getattr(hook, "__self__", None)).__module__.startswith("lightning_mmd."):
+                del own[key]
     try:
         return copy.deepcopy(network)
     finally:
         for values, name, value in computed:
             values[name] = value
+        for own, before in hooks:
+            own.clear()
+            own.update(before)  # in their order
 
 
 def embed(features: nn.Module, samples: Tensor) -> Tensor:

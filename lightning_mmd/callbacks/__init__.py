@@ -4,11 +4,13 @@ from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.convergence import ConvergenceMonitor
 from lightning_mmd.callbacks.divergence import OnDivergence
 from lightning_mmd.callbacks.ema import GeneratorEMA
+from lightning_mmd.callbacks.input_gradient import InputGradientPenalty
 from lightning_mmd.callbacks.instance_noise import InstanceNoise
 from lightning_mmd.callbacks.interruption import GracefulStop, StoppedError
 from lightning_mmd.callbacks.noise import NoiseInjection
 from lightning_mmd.callbacks.penalty import ParametricGradientPenalty
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
+from lightning_mmd.callbacks.proximal import ProximalPoint
 from lightning_mmd.callbacks.quality import SampleQuality
 from lightning_mmd.callbacks.relative_test import RelativeTestLR
 from lightning_mmd.callbacks.samples import SampleGrid
@@ -20,11 +22,13 @@ __all__ = [
     "GeneratorEMA",
     "GeneratorProgressBar",
     "GracefulStop",
+    "InputGradientPenalty",
     "InstanceNoise",
     "MMDTracker",
     "NoiseInjection",
     "OnDivergence",
     "ParametricGradientPenalty",
+    "ProximalPoint",
     "RelativeTestLR",
     "SampleGrid",
     "SampleQuality",

@@ -16,7 +16,9 @@ __all__ = [
     "CriticCall",
     "GeneratorCall",
     "LatentLog",
+    "OtherCall",
     "Place",
+    "Samples",
     "first_tensor",
     "hangs_on",
     "replace_tensor",
@@ -206,7 +208,64 @@ class CriticCall:
         return CriticCall(leaves, self.spec, slots, self.attached)
 
 
-def _rows(leaf: Any, num: int, rows: slice) -> Any:
+@dataclass(eq=False)
+class OtherCall:
+    """One call of a critic on samples that are not the generator's.
+
+    Attributes:
+        leaves: What it was called with, flat, without a graph.
+        spec: The structure of that.
+        first: Place of the first floating-point tensor.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    first: int
+
+    def has(self, place: Place) -> bool:
+        """Whether the same values stand in a place."""
+        own = self.leaves[place.position] if place.position < len(self.leaves) else None
+        return isinstance(own, Tensor) and _equal(own, place.tensor.detach())
+
+
+@dataclass(eq=False)
+class Samples:
+    """Some samples in a call of a critic, and what the critic was given beside them.
+
+    Attributes:
+        x: The samples, (n, ...), without a graph.
+        leaf: Their place among the leaves.
+        leaves: What the critic was called with, flat, for these samples alone.
+        spec: The structure of that.
+    """
+
+    x: Tensor
+    leaf: int
+    leaves: list[Any]
+    spec: TreeSpec
+
+    @classmethod
+    def of(
+        cls, call: "CriticCall | OtherCall", leaf: int, rows: Tensor | None, dtype: torch.dtype
+    ) -> "Samples":
+        """Return those of a call that stand in some rows, or all, in a floating type."""
+        num = len(call.leaves[leaf])
+        leaves = [
+            part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
+            for part in call.leaves
+        ]
+        if rows is not None:
+            leaves = [_rows(part, num, rows) for part in leaves]
+        return cls(leaves[leaf], leaf, leaves, call.spec)
+
+    def inputs(self, x: Tensor) -> tuple[tuple, dict]:
+        """Return the critic's arguments with other values for the samples."""
+        leaves = list(self.leaves)
+        leaves[self.leaf] = x
+        return tree_unflatten(leaves, self.spec)
+
+
+def _rows(leaf: Any, num: int, rows: slice | Tensor) -> Any:
     """Return rows of a tensor that has one for each sample; anything else as it is."""
     return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == num else leaf
 
@@ -225,14 +284,19 @@ class LatentLog:
         generator: As the module calls it.
         critic: Likewise.
         network: The generator, uncompiled.
+        others: Whether to keep the critic's calls on other samples too, see `take_others`.
     """
 
-    def __init__(self, generator: nn.Module, critic: nn.Module, network: nn.Module) -> None:
+    def __init__(
+        self, generator: nn.Module, critic: nn.Module, network: nn.Module, others: bool = False
+    ) -> None:
         self._critic, self._network = critic, network
         self._parameters = {id(p) for p in network.parameters()}
         self._callers: dict[Any, _Caller] = {}
         self._generated: list[GeneratorCall] = []
         self._seen: list[CriticCall] = []
+        self._others: list[OtherCall] | None = [] if others else None
+        self._stepped = False
         self._records = False
         self.generator_was_called = False
         self.generator_called_since = False
@@ -246,6 +310,9 @@ class LatentLog:
         """Record from now on."""
         self._records = True
         self._generated.clear()  # what the critic has seen of them is kept
+        if self._stepped and self._others:
+            self._others.clear()  # they came after the critic's step, in the generator's update
+        self._stepped = False
 
     def end_batch(self) -> None:
         """Record no more."""
@@ -268,8 +335,18 @@ class LatentLog:
         """Return the calls since the critic's last step, and forget them."""
         seen, self._seen = self._seen, []
         self.generator_called_since = False
+        self._stepped = True
         cut_off = [call for call in seen if not call.attached]
         return cut_off or seen
+
+    def take_others(self) -> list["OtherCall"]:
+        """Return the critic's calls on samples that are not the generator's, and forget them.
+
+        Those since its last step; a call on the same samples counts once. What followed a step of
+        the critic in the same batch belongs to the generator's update.
+        """
+        others, self._others = self._others or [], []
+        return others
 
     def _note_generator(self, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not self._records or is_observed():
@@ -302,6 +379,12 @@ class LatentLog:
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._seen = [c for c in self._seen if not (c.slots == slots and c.attached)]
             self._seen.append(CriticCall(leaves, spec, slots, attached))
+        elif self._others is not None:
+            place = first_tensor(args, kwargs, lambda x: x.is_floating_point() and x.ndim > 0)
+            if place is None or any(call.has(place) for call in self._others):
+                return
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._others.append(OtherCall(leaves, spec, place.position))
 
     def _find(self, index: int, leaf: Tensor) -> Iterator[Slot]:
         """Yield where a tensor holds outputs of the generator."""
