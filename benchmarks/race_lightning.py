@@ -32,18 +32,14 @@ class Marks(Callback):
         data: Folder of the images.
         split: Whose images the judge compares with.
         seed: Seed of the run, for the rows.
-        batch_size: Images a batch, for the rows.
         name: Data set.
     """
 
-    def __init__(
-        self, config: str, data: str, split: str, seed: int, batch_size: int, name: str = "MNIST"
-    ) -> None:
+    def __init__(self, config: str, data: str, split: str, seed: int, name: str = "MNIST") -> None:
         images = load(name, data, split)
         self.judge = Judge(cached_classifier(images, name, race.CACHE, seed=0), images)
         texts = [f"data={name}", f"split={split}", f"method={config}", f"seed={seed}"]
         self.spec = race.parse([*texts, "loop=lightning"])
-        self.batch_size = batch_size
         self.marks = list(race.MARKS)
         self.start = self.scoring = 0.0
 
@@ -73,7 +69,7 @@ class Marks(Callback):
         torch.set_rng_state(state)
         steps = trainer.fit_loop.total_batch_idx + 1
         extra = {**scores, "end": "recipe" if last else "", "judge_accuracy": self.judge.accuracy}
-        race.append(self.spec, seconds, steps, steps * self.batch_size, extra)
+        race.append(self.spec, seconds, steps, trainer.lightning_module.images_seen, extra)
         print(f"{seconds} s, {steps} updates, {scores}", flush=True)
         self.scoring += spent() - before
 
@@ -96,7 +92,7 @@ if __name__ == "__main__":
     race.keep_memory()
     callback = "--trainer.callbacks+=race_lightning.Marks"
     settings = {"config": config.stem, "data": str(Path(args.data).resolve()), "split": args.split}
-    settings |= {"seed": args.seed, "batch_size": 64}
+    settings["seed"] = args.seed
     options = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
     folder = ["--data.root", str(Path(args.data).resolve()), "--seed_everything", str(args.seed)]
     os.chdir(tempfile.mkdtemp())
