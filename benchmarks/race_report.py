@@ -26,6 +26,9 @@ NAMES = {
     "gfmn": "GFMN (frozen features of a classifier that saw labels)",
     "mmd_proximal": "MMD GAN, proximal term",
 }
+USUAL = {"average": "power:9", "batch": "32,16000:64"}
+"""What the text says of all runs of the second round; a label tells where a run differs."""
+PLAIN = {"average": "0.01", "batch": "64"}
 Row = dict[str, str]
 
 
@@ -37,8 +40,12 @@ def read(path: Path = HERE / "results" / "race.csv") -> list[Row]:
 
 def label(row: Row) -> str:
     """Return a method's name with the options that tell its runs apart."""
-    options = json.loads(row["options"])
-    text = ", ".join(f"{name} {value}" for name, value in options.items())
+    options = PLAIN | json.loads(row["options"])
+    for name, value in USUAL.items():
+        if options[name] == value:
+            del options[name]
+    options.pop("updates", None)
+    text = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
     name = NAMES.get(row["method"], row["method"])
     if row["loop"] == "lightning":
         return f"`lightning-mmd fit`, configs/{name}.yaml"
@@ -126,7 +133,8 @@ def draw(rows: list[Row], path: Path) -> None:
                 continue
             marks = sorted(runs)
             middle = [median(float(row[score]) for row in runs[mark]) for mark in marks]
-            (line,) = axis.plot(marks, middle, label=name.split(":")[0])
+            fall = ", falling rate" if "decay" in name else ""
+            (line,) = axis.plot(marks, middle, label=name.split(":")[0] + fall)
             for mark in marks:
                 values = [float(row[score]) for row in runs[mark]]
                 axis.plot([mark] * len(values), values, ".", color=line.get_color(), alpha=0.5)

@@ -38,7 +38,8 @@ from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.export import export
 from lightning_mmd.commands.halving import climb
 from lightning_mmd.commands.models import check_checkpoint
-from lightning_mmd.commands.runs import command_to_go_on, find_last
+from lightning_mmd.commands.report import run_report
+from lightning_mmd.commands.runs import command_to_go_on, draw_at_end, find_last
 from lightning_mmd.commands.sample import sample
 from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
 from lightning_mmd.commands.wandb_logs import start_or_go_offline
@@ -64,6 +65,7 @@ Besides the subcommands below,
 'lightning-mmd sample --pretrained mnist' draws from weights that come with this package,
 'lightning-mmd export --ckpt_path FILE --output FOLDER' writes the generator for other programs,
 'lightning-mmd evaluate --ckpt_path FILE --data ... --features ...' scores them: FID, KID and more,
+'lightning-mmd report RUN_DIR...' lays runs side by side on one page: curves, samples, differences,
 'lightning-mmd classifier --config FILE' trains a classifier to judge them by,
 'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
 'lightning-mmd doctor [--config FILE]' examines the installation and a model on two processes."""
@@ -175,7 +177,8 @@ class MMDCLI(LightningCLI):
             self.trainer.save_checkpoint(checkpoint, weights_only=False)
         send_final_scores(self.trainer)
         if self.trainer.is_global_zero:
-            print(summary(self.trainer, checkpoint))
+            picture = draw_at_end(self.trainer)
+            print(summary(self.trainer, checkpoint), *picture, sep="\n")
 
 
 class BuiltCLI(MMDCLI):
@@ -341,6 +344,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "sample": _command(sample),
     "evaluate": _command(evaluate),
     "export": _command(export),
+    "report": run_report,
     "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,

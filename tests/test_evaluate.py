@@ -22,7 +22,7 @@ from lightning_mmd.cli import main
 from lightning_mmd.commands.evaluate import pixel_kernel
 from lightning_mmd.data import DigitsDataModule
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "digits_deep_kernel.yaml")
+CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.yaml")
 DIGITS = ["--data", "DigitsDataModule"]
 
 

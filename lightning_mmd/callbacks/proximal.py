@@ -51,10 +51,10 @@ class ProximalPoint(AddedGradient):
 
     Raises:
         ValueError: If an argument is out of range; when fitting begins, if there is no such
-            generator or no optimizer of it, or the module is an `MMDGAN` with `ClosedForm`: whatever
-            is added to its step voids the certificate of descent.
-        RuntimeError: If the optimizer steps without Lightning's knowledge, or the generator was not
-            called since its last step.
+            generator or no optimizer of it, or the module is an `MMDGAN` with `ClosedForm`:
+            whatever is added to its step voids the certificate of descent.
+        RuntimeError: If the optimizer steps without Lightning's knowledge, or the generator was
+            not called since its last step.
 
     Source:
         arXiv 2605.31369 (MMD GANs with a proximal term).

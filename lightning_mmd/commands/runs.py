@@ -5,9 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_mmd.checkpoints import newest_whole
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 
-__all__ = ["command_to_go_on", "find_last"]
+from lightning_mmd.checkpoints import newest_whole
+from lightning_mmd.commands.curves import draw_run, has_matplotlib
+from lightning_mmd.commands.run_records import read_run
+from lightning_mmd.internals import is_fast_dev_run
+
+__all__ = ["command_to_go_on", "draw_at_end", "find_last"]
 
 
 def find_last(trainer: Any) -> Path:
@@ -96,3 +102,22 @@ def command_to_go_on(arguments: Any, checkpoint: Path) -> str:
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
     return shlex.join(["lightning-mmd", *kept, "--ckpt_path", str(checkpoint)])
+
+
+def draw_at_end(trainer: Trainer) -> list[str]:
+    """Draw curves and samples of a finished run as ``run.png`` beside its numbers.
+
+    Args:
+        trainer: The trainer after ``fit``, on the process that logs.
+
+    Returns:
+        A line for each thing that there is to say: where the picture is, or what is missing.
+    """
+    folders = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    if not folders or is_fast_dev_run(trainer) or not (folders[0] / "metrics.csv").is_file():
+        return []
+    if not has_matplotlib():
+        return ["curves:     none drawn; for a picture of each run: pip install matplotlib"]
+    path = folders[0] / "run.png"
+    draw_run(read_run(folders[0]), path)
+    return [f"curves:     {path}"]
