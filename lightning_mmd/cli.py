@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from lightning_mmd.commands.models import check_checkpoint
 from lightning_mmd.commands.report import run_report
 from lightning_mmd.commands.runs import command_to_go_on, draw_at_end, find_last
 from lightning_mmd.commands.sample import sample
+from lightning_mmd.commands.shipped import configs, with_files
 from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
 from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
@@ -68,7 +69,9 @@ Besides the subcommands below,
 'lightning-mmd report RUN_DIR...' lays runs side by side on one page: curves, samples, differences,
 'lightning-mmd classifier --config FILE' trains a classifier to judge them by,
 'lightning-mmd halving --config FILE' tells whether a training follows a limit dynamics,
-'lightning-mmd doctor [--config FILE]' examines the installation and a model on two processes."""
+'lightning-mmd doctor [--config FILE]' examines the installation and a model on two processes,
+'lightning-mmd configs [--copy NAME]' lists the configurations that --config takes by name,
+'lightning-mmd --version' tells the version."""
 
 _NOISE = (  # warnings that say nothing to a user of this command
     ".*does not have many workers.*",
@@ -348,6 +351,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "classifier": train_classifier,
     "halving": halving,
     "doctor": _doctor,
+    "configs": _command(configs),
 }
 """Subcommands besides those of Lightning, by name: functions of the arguments after it."""
 
@@ -364,6 +368,11 @@ def run(args: ArgsType = None) -> None:
     sampling = isinstance(arguments, list) and arguments[:1] == ["sample"]
     if "" not in sys.path and not sampling:
         sys.path.append("")  # a user's own networks are found beside a configuration
+    if isinstance(arguments, list):
+        args = arguments = with_files(arguments)
+        if arguments == ["--version"]:
+            print(f"lightning-mmd {metadata.version('lightning-mmd')}")
+            return
     if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
         return
