@@ -12,10 +12,12 @@ case "${1-}" in
 demo) what=base target=. ;;
 test) what=dev target=".[dev]" ;;
 faults) what=faults target=".[dev]" ;;
+docs) what=docs target=".[docs]" ;;
 *)
     echo "usage: ./do demo [options of lightning-mmd fit]    train on the bundled digits"
     echo "       ./do test [options of pytest]               run the tests"
     echo "       ./do faults [options of pytest]             kill, damage and deceive it: some minutes"
+    echo "       ./do docs [options of mkdocs build]         build the documentation in site/"
     if [ $# -eq 0 ]; then exit 0; else fail "unknown command '$1'"; fi
     ;;
 esac
@@ -53,6 +55,7 @@ fi
 PATH=$env/bin:$PATH
 case $suite in
 base) exec "$env/bin/lightning-mmd" fit --config configs/digits.yaml "$@" ;;
+docs) exec "$python" -m mkdocs build --strict "$@" ;;
 faults)
     set -- tests/test_faults.py tests/test_safety.py tests/test_checkpoints.py \
         tests/test_interruption.py tests/test_divergence.py tests/test_wrong_uses.py "$@"

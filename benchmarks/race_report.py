@@ -15,6 +15,7 @@ from statistics import median
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
+FRONT = HERE.parent / "README.md"
 FIRST = HERE / "results" / "race_first.csv"
 NAMES = {
     "ascent": "GradientAscent",
@@ -86,6 +87,27 @@ def final_table(rows: list[Row], data: str = "MNIST") -> list[str]:
         seeds = max(len(rows) for rows in runs.values())
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
     return lines
+
+
+def front_table(rows: list[Row]) -> list[str]:
+    """Return the README's table: each method's latest finals, medians over seeds, FID; KID."""
+    latest: dict[str, dict[int, list[Row]]] = {}
+    for name, runs in finals(rows).items():
+        if not name.startswith("`"):  # rows are in the order of their runs
+            latest[name.split(":")[0]] = runs
+    marks = (60, 120, 240, 480)
+    lines = ["| method | " + " | ".join(f"{mark} s" for mark in marks) + " | seeds |"]
+    lines.append("|---" * 6 + "|")
+    for name, runs in sorted(latest.items(), key=lambda pair: middle(pair[1][480], "fid")):
+        cells = [f"{middle(runs[m], 'fid'):.1f}; {middle(runs[m], 'kid'):.1f}" for m in marks]
+        own = f"**{name}, the recipe**" if name == NAMES["ascent"] else name
+        lines.append(f"| {own} | " + " | ".join(cells) + f" | {len(runs[480])} |")
+    return lines
+
+
+def middle(rows: list[Row], score: str) -> float:
+    """Return the median of a score over rows."""
+    return median(float(row[score]) for row in rows)
 
 
 def long_table(rows: list[Row]) -> list[str]:
@@ -182,4 +204,6 @@ if __name__ == "__main__":
     for lines in found.values():
         print("\n".join(lines), end="\n\n")
     README.write_text(inject(README.read_text(), found))
+    front = {"results": front_table(every)}
+    FRONT.write_text(inject(FRONT.read_text(), front))
     draw(every, HERE / "figures" / "race.png")

@@ -19,7 +19,7 @@ class BatchParts:
         samples: Position or key of the samples.
         labels: Position or key of the labels; None for none. A batch may lack them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> BatchParts("image", "digit").read({"image": torch.zeros(4, 1, 8, 8)})[0].shape
         torch.Size([4, 1, 8, 8])

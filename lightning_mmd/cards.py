@@ -52,11 +52,11 @@ def _use(name: str) -> str:
 def _recipe(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     recipe = f"`{facts['recipe']}`" if "recipe" in facts else "A command that was not recorded"
     kept = "averaged weights of the generator" if config["averaged"] else "the generator's weights"
-    critic = "" if "critic" in config["parts"] else "; the critic is not kept"
+    critic = "" if "critic" in config["parts"] else " The critic is not kept."
     return (
         f"{recipe}, lightning-mmd {config['version']}: {config['images_seen']} images seen in "
         f"{config['critic_step']} critic steps, by the rule\n\n```\n{config['rule']}\n```\n\n"
-        f"The file holds {kept}{critic}, stored as {config['stored_as']}."
+        f"The file holds {kept}, stored as {config['stored_as']}.{critic}"
     )
 
 

@@ -58,7 +58,7 @@ class TrustRegion:
         Marquardt 1963; the thresholds and factors are those of Martens 2010, Deep learning via
         Hessian-free optimization, section 4.1, for beta.
 
-    Example:
+    Examples:
         >>> region = TrustRegion()
         >>> region.judge(realised=-0.1, modelled=1.0, largest_trust=1.0), region.trust
         (False, 0.5)

@@ -34,7 +34,7 @@ class LearnedKernelCritic(nn.Module):
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, learned kernels.
 
-    Example:
+    Examples:
         >>> critic = LearnedKernelCritic(torch.nn.Linear(2, 16), 16)
         >>> critic(torch.randn(5, 2)).shape
         torch.Size([5])
@@ -133,7 +133,7 @@ class EmbeddingCritic(nn.Module):
         Binkowski et al. 2018, arXiv 1801.01401 (16 dimensions); Wang, Sun & Halgamuge 2019, arXiv
         1812.09916, section 4 (spectral normalisation of the critic, and its scale).
 
-    Example:
+    Examples:
         >>> critic = EmbeddingCritic(torch.nn.Linear(2, 8), 8, dim=4)
         >>> critic(torch.randn(5, 2)).shape
         torch.Size([5, 4])

@@ -105,7 +105,7 @@ def flow_distance(
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, definition 1; the relaxation and its bounds are ours.
 
-    Example:
+    Examples:
         >>> generator = nn.Linear(1, 1, bias=False)
         >>> ends = ({"weight": torch.tensor([[w]])} for w in (0.0, 3.0))
         >>> found = flow_distance(

@@ -56,7 +56,7 @@ class FeatureMetrics(Metric):
         Heusel et al. 2017, arXiv 1706.08500 (FID); Binkowski et al. 2018, arXiv 1801.01401 (KID);
         Kynkaanniemi et al. 2019, arXiv 1904.06991 (precision and recall).
 
-    Example:
+    Examples:
         >>> metrics = FeatureMetrics(torch.nn.Flatten())
         >>> metrics.update(torch.randn(100, 1, 2, 2), real=True)
         >>> metrics.update(torch.randn(100, 1, 2, 2), real=False)

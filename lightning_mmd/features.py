@@ -37,7 +37,7 @@ class RandomFourierFeatures(nn.Module):
         Rahimi and Recht 2007, Random features for large-scale kernel machines, algorithm 1.
         Sutherland and Schneider 2015, On the error of random Fourier features, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> features = RandomFourierFeatures(Gaussian(), in_features=2, num_features=4096)
@@ -112,7 +112,7 @@ class SumFeatures(nn.Module):
     Raises:
         ValueError: If there is no map, or the weights are not one positive number for each.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> fixed = RandomFourierFeatures(Gaussian(), in_features=2, num_features=64)

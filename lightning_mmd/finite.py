@@ -25,7 +25,7 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     Args:
         named: Names and tensors, of any shapes; what is no floating-point tensor is passed over.
 
-    Example:
+    Examples:
         >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, float("nan")]))])
         'b'
     """

@@ -34,7 +34,7 @@ def smoothness(kernel: Kernel, mmd2: float) -> float:
         ValueError: If MMD^2 is negative or not finite.
         TypeError: If the kernel has no `hessian_constant`.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Gaussian
         >>> smoothness(Gaussian(bandwidth=0.5), mmd2=0.0)
         4.0
@@ -74,7 +74,7 @@ def plain_flow_bound(
     Source:
         Arbel et al. 2019, arXiv 1906.04370, proposition on the Lojasiewicz inequality.
 
-    Example:
+    Examples:
         >>> plain_flow_bound(1.0, step_size=0.5, num_steps=3, smoothness=2.0, sobolev=1.0)
         0.4
     """
@@ -112,7 +112,7 @@ def noisy_flow_bound(
     Source:
         Arbel et al. 2019, arXiv 1906.04370, theorem on noise injection.
 
-    Example:
+    Examples:
         >>> round(noisy_flow_bound(
         ...     1.0, step_size=0.25, smoothness=2.0, hessian_constant=1.0, noise_sum=2.0
         ... ), 4)  # exp(-1)

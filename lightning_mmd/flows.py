@@ -112,7 +112,7 @@ def point_flow(
     Source:
         Arbel et al. 2019, arXiv 1906.04370: MMD flow and noise injection.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Gaussian
         >>> x, y = torch.zeros(1, 1), torch.ones(1, 1)
         >>> *_, last = point_flow(y, x, Gaussian(), step_size=0.5, num_steps=50)
@@ -300,7 +300,7 @@ def generator_flow(
         Mroueh & Nguyen, arXiv 2011.02402: the flow, theorem 1 (with F = 1/2 MMD^2) and the
         Riemannian metric d_{alpha,beta}.
 
-    Example:
+    Examples:
         >>> generator = torch.nn.Linear(1, 1)
         >>> flow = generator_flow(
         ...     generator, torch.randn(8, 1), lambda x: x, torch.tensor([2.0]),

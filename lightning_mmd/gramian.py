@@ -30,7 +30,7 @@ def largest_gramian_eigenvalue(
     Source:
         Golub and Van Loan 2013, Matrix computations, section 8.2.1.
 
-    Example:
+    Examples:
         >>> embedding = MeanEmbedding(lambda x: x, torch.zeros(4, 2), torch.nn.Linear(2, 3))
         >>> round(largest_gramian_eigenvalue(embedding), 6)  # J is the bias's: the identity
         1.0
@@ -64,7 +64,7 @@ def natural_scale(alpha: float, beta: float, largest_eigenvalue: float) -> float
         beta: Weight of the RKHS norm, >= 0.
         largest_eigenvalue: Of :math:`JJ^T`, >= 0. Where J is zero, beta / lambda is left out.
 
-    Example:
+    Examples:
         >>> natural_scale(alpha=1.0, beta=0.5, largest_eigenvalue=2.0)
         1.25
     """

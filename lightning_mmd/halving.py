@@ -85,7 +85,7 @@ def step_halving(
     Source:
         Turinici, arXiv 2012.10410, the convergence criterion.
 
-    Example:
+    Examples:
         >>> def decay(step_size, num_steps, seed):
         ...     return (1 - step_size) ** torch.arange(num_steps + 1.0)
         >>> step_halving(decay, step_size=0.1, num_steps=40).verdict

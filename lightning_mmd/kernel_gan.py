@@ -88,7 +88,7 @@ def kernel_gan_flow(
     Source:
         Becker et al. 2022, arXiv 2305.08277, the exact recursion of points and kernel critic.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Gaussian
         >>> *_, last = kernel_gan_flow(
         ...     torch.tensor([[0.1]]), torch.zeros(1, 1), Gaussian(),

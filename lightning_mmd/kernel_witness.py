@@ -33,7 +33,7 @@ class KernelWitness:
     Source:
         Gretton et al. 2012, A kernel two-sample test, section 2.3.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Linear
         >>> witness = KernelWitness(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]), Linear())
         >>> witness(torch.tensor([[10.0]])), witness.gradient(torch.tensor([[10.0]]))

@@ -185,7 +185,7 @@ class Gaussian(StationaryKernel):
     Source:
         Rahimi and Recht 2007, Random features for large-scale kernel machines, figure 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Gaussian(bandwidth=1.0)(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0]]))
         tensor([[1.0000],
@@ -226,7 +226,7 @@ class Laplace(StationaryKernel):
         class with nu = 1/2: the spectral density is a multivariate Student t with 2 nu = 1 degrees
         of freedom).
 
-    Example:
+    Examples:
         >>> import torch
         >>> Laplace(bandwidth=2.0)(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[0.0821]])
@@ -264,7 +264,7 @@ class RationalQuadratic(StationaryKernel):
         Rasmussen and Williams 2006, Gaussian processes for machine learning, equation 4.19.
         Binkowski et al. 2018, Demystifying MMD GANs, section 4 (sums over alpha).
 
-    Example:
+    Examples:
         >>> import torch
         >>> RationalQuadratic(alpha=0.5)(torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]]))
         tensor([[0.7071, 0.4472]])
@@ -308,7 +308,7 @@ class InverseMultiquadric(StationaryKernel):
     Source:
         Gorham and Mackey 2017, Measuring sample quality with kernels, section 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> InverseMultiquadric(bandwidth=1.0)(torch.tensor([[0.0]]), torch.tensor([[1.0]]))
         tensor([[0.7071]])
@@ -351,7 +351,7 @@ class Energy(Kernel):
         Sejdinovic et al. 2013, Equivalence of distance-based and RKHS-based statistics, lemma 12
         and theorem 22.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Energy()(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0], [3.0, 4.0]]))
         tensor([[2., 5.]])
@@ -398,7 +398,7 @@ class Polynomial(Kernel):
     Source:
         Binkowski et al. 2018, Demystifying MMD GANs, section 4 (kernel inception distance).
 
-    Example:
+    Examples:
         >>> import torch
         >>> Polynomial()(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([[27.]])
@@ -438,7 +438,7 @@ class Linear(Kernel):
 
     For samples that are feature maps already; `mmd2_features` is the linear-time way to it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Linear()(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
@@ -469,7 +469,7 @@ class SumKernel(Kernel):
     Source:
         Gretton et al. 2012, Optimal kernel choice for large-scale two-sample tests, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> kernel = SumKernel([Gaussian(bandwidth=b) for b in (0.5, 1.0, 2.0)])
         >>> kernel(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -592,7 +592,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
         Gretton et al. 2012, A kernel two-sample test, section 8. Garreau et al. 2017, Large sample
         analysis of the median heuristic.
 
-    Example:
+    Examples:
         >>> import torch
         >>> median_bandwidth(torch.tensor([[0.0], [1.0], [4.0]]))
         3.0

@@ -41,7 +41,7 @@ class Latents:
         ValueError: If the length is not positive.
         TypeError: If ``source`` is neither.
 
-    Example:
+    Examples:
         >>> draw = Latents(3)
         >>> [z.shape for z in draw(5)]
         [torch.Size([5, 3])]

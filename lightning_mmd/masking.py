@@ -34,7 +34,7 @@ def mask(text: str) -> str:
     Args:
         text: Any text.
 
-    Example:
+    Examples:
         >>> mask("token: abc, user: me, https://me:secret@host/x")
         'token: ***, user: me, https://me:***@host/x'
     """
@@ -49,7 +49,7 @@ def masked(value: Any, name: str = "") -> Any:
         value: Dictionaries (and what has their ``items``), lists and tuples of anything.
         name: The name that it has; a text of a secret name is masked whatever it looks like.
 
-    Example:
+    Examples:
         >>> masked({"token": "abc", "nested": [{"path": "x"}], "tokens": 3})
         {'token': '***', 'nested': [{'path': 'x'}], 'tokens': 3}
     """

@@ -53,7 +53,7 @@ class MaximumMeanDiscrepancy(Metric):
     Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, lemma 6 (unbiased: equation 3,
     biased: equation 5).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> metric = MaximumMeanDiscrepancy(Gaussian(bandwidth=1.0), unbiased=False)

@@ -61,7 +61,7 @@ def mmd2_unbiased(x: Tensor, y: Tensor, kernel: Kernel, *, block_size: int = 204
     Source:
         Gretton et al. 2012, A kernel two-sample test, equation 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Linear
         >>> x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0], [5.0]])
@@ -100,7 +100,7 @@ def mmd2_biased(x: Tensor, y: Tensor, kernel: Kernel, *, block_size: int = 2048)
     Source:
         Gretton et al. 2012, A kernel two-sample test, equation 5.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Linear
         >>> mmd2_biased(torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]]), Linear())
@@ -132,7 +132,7 @@ def mmd2_features(phi_x: Tensor, phi_y: Tensor, *, unbiased: bool = False) -> Te
     Source:
         Gretton et al. 2012, A kernel two-sample test, lemma 4 (MMD as a distance of means).
 
-    Example:
+    Examples:
         >>> import torch
         >>> mmd2_features(torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]]))
         tensor(16.)
@@ -195,7 +195,7 @@ def mmd2_with_error(x: Tensor, y: Tensor, kernel: Kernel) -> MMD2Estimate:
         Sutherland et al. 2017, Generative models and model criticism via optimized MMD, section 2;
         the second-order terms are those of Bounliphone et al. 2016.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> x, y = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(0))
@@ -270,7 +270,7 @@ def two_sample_test(
         Gretton et al. 2012, A kernel two-sample test, section 8. Phipson and Smyth 2010,
         Permutation p-values should never be zero.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> generator = torch.Generator().manual_seed(0)
@@ -357,7 +357,7 @@ def relative_similarity_test(
         Bounliphone et al. 2016, A test of relative similarity for model selection in generative
         models, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_mmd.kernels import Gaussian
         >>> x, y, z = torch.randn(3, 200, 2, generator=torch.Generator().manual_seed(0))

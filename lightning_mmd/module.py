@@ -96,7 +96,7 @@ class MMDGAN(Pretrained):
     Source:
         Mroueh & Nguyen, arXiv 2011.02402.
 
-    Example:
+    Examples:
         >>> from lightning_mmd import ClosedForm, LearnedKernelCritic
         >>> critic = LearnedKernelCritic(nn.Linear(2, 8), 8)
         >>> model = MMDGAN(nn.Linear(3, 2), critic, ClosedForm(beta=0.1), latents=3)

@@ -34,7 +34,7 @@ class DoublingConv2d(nn.Conv2d):
         in_channels: Channels of the small image, >= 1.
         out_channels: Channels of the image that is twice as large.
 
-    Example:
+    Examples:
         >>> import torch
         >>> DoublingConv2d(3, 5)(torch.randn(2, 3, 7, 6)).shape
         torch.Size([2, 5, 14, 12])

@@ -87,7 +87,7 @@ class ConstantNoise(NoiseSchedule):
     Source:
         Arbel et al. 2019, arXiv 1906.04370, section 5 (noise up to a given step).
 
-    Example:
+    Examples:
         >>> [ConstantNoise(0.5, until=2).level(step) for step in range(4)]
         [0.5, 0.5, 0.0, 0.0]
     """
@@ -115,7 +115,7 @@ class GeometricNoise(NoiseSchedule):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> [GeometricNoise(1.0, ratio=0.5).level(step) for step in range(3)]
         [1.0, 0.5, 0.25]
     """
@@ -150,7 +150,7 @@ class HalvingNoise(NoiseSchedule):
     Source:
         Arbel et al. 2019, arXiv 1906.04370: the schedule of the authors' student-teacher code.
 
-    Example:
+    Examples:
         >>> [HalvingNoise(1.0, every=2, until=5).level(step) for step in range(6)]
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.0]
     """
@@ -205,7 +205,7 @@ class AdaptiveNoise(Noise):
         Arbel et al. 2019, arXiv 1906.04370, the decreasing-direction condition of the theorem on
         noise injection.
 
-    Example:
+    Examples:
         >>> noise = AdaptiveNoise(largest=1.0, num_bisections=40)
         >>> round(noise.level(energy=0.5, constant=1.0, dissipation=lambda beta: 0.25), 6)
         0.25
@@ -301,7 +301,7 @@ class PlateauNoise(Noise):
     Source:
         Ours; noise injection is that of Arbel et al. 2019, arXiv 1906.04370.
 
-    Example:
+    Examples:
         >>> noise = PlateauNoise(initial=1.0, window=2, ratio=0.5)
         >>> memory = noise.begin(mmd2=8.0)
         >>> for step, mmd2 in enumerate([8.0, 4.0, 4.0, 2.0, 3.0, 3.0], start=1):
@@ -403,7 +403,7 @@ def hessian_constant(kernel: Kernel) -> float:
     Source:
         Arbel et al. 2019, arXiv 1906.04370, assumption on the kernel's second derivatives.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Gaussian
         >>> hessian_constant(Gaussian(bandwidth=1.0)) ** 2
         2.9999999999999996

@@ -121,7 +121,7 @@ def parametric_gradient_penalty(
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, regularised discrepancy MMD_{alpha,beta}.
 
-    Example:
+    Examples:
         >>> critic, generator = torch.nn.Linear(3, 1, bias=False), torch.nn.Linear(2, 3, bias=False)
         >>> penalty = parametric_gradient_penalty(critic, generator, torch.eye(2))
         >>> expected = critic.weight.square().sum() / 2

@@ -75,7 +75,7 @@ class Pushforward:
             parameter of a name, or uses a parameter by another way than as an attribute of a
             module: in a plain list, a closure or a partial function.
 
-    Example:
+    Examples:
         >>> push = Pushforward(torch.nn.Linear(2, 3), torch.randn(5, 2))
         >>> push.tangent(push.cotangent(torch.ones(5, 3))).shape
         torch.Size([5, 3])
@@ -413,7 +413,7 @@ def parametric_gradient(
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, the operator L_theta.
 
-    Example:
+    Examples:
         >>> generator = torch.nn.Linear(2, 3, bias=False)
         >>> parametric_gradient(lambda x: x.sum(1), generator, torch.ones(4, 2)).tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -451,7 +451,7 @@ def parametric_tangent(
     Raises:
         ValueError: If v is not of shape (P,).
 
-    Example:
+    Examples:
         >>> generator = torch.nn.Linear(2, 1, bias=False)
         >>> x, dx = parametric_tangent(generator, torch.eye(2), torch.ones(2))
         >>> dx.tolist()

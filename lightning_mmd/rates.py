@@ -114,7 +114,7 @@ def convergence_rates(
         Becker et al. 2022, arXiv 2305.08277, local convergence; here for alternating steps of any
         size, from the exact recursion.
 
-    Example:
+    Examples:
         >>> rates = convergence_rates(
         ...     bandwidth=1.0, norm_weight=0.1, critic_lr=0.1, generator_lr=0.01
         ... )
@@ -208,7 +208,7 @@ def suggest_hyperparameters(
         Becker et al. 2022, arXiv 2305.08277, for the choice of lambda; the closed form is derived
         from the eigenvalues in `convergence_rates`.
 
-    Example:
+    Examples:
         >>> best = suggest_hyperparameters(1.0, max_critic_lr=0.1, max_generator_lr=0.1)
         >>> round(best.norm_weight, 6), round(best.rates.spectral_radius, 6)
         (1.9, 0.9)
@@ -357,7 +357,7 @@ def second_moment_dynamics(
         Becker et al. 2022, arXiv 2305.08277, second-moment model; masses and the mean's part in
         the second moment are derived here.
 
-    Example:
+    Examples:
         >>> *_, last = second_moment_dynamics(
         ...     torch.zeros(1), torch.tensor([[0.01]]),
         ...     bandwidth=1.0, norm_weight=0.1, critic_lr=0.1, generator_lr=0.1, num_steps=100,
@@ -430,7 +430,7 @@ def max_stable_critic_lr(alpha: float, beta: float, largest_eigenvalue: float) -
     Source:
         Gradient ascent on the concave problem of arXiv 2011.02402; standard.
 
-    Example:
+    Examples:
         >>> max_stable_critic_lr(alpha=100.0, beta=0.0, largest_eigenvalue=2.0)
         0.01
     """

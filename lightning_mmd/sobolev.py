@@ -57,7 +57,7 @@ def negative_sobolev_distance(
         Arbel et al. 2019, arXiv 1906.04370, section on the Lojasiewicz inequality; Mroueh et al.
         2019, Sobolev descent, for the regularised form in an RKHS.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import Linear
         >>> x, y = torch.tensor([[3.0], [5.0]]), torch.tensor([[1.0], [2.0]])
         >>> round(negative_sobolev_distance(x, y, Linear(), regulariser=1e-9), 6)

@@ -26,7 +26,7 @@ def standard_rule(critic: nn.Module) -> GradientAscent:
         Gulrajani et al. 2017, arXiv 1704.00028, whose slope is penalised between real and generated
         points; see `FeatureMatching` for the rest.
 
-    Example:
+    Examples:
         >>> standard_rule(LearnedKernelCritic(nn.Linear(2, 8), 8)).matching.weight
         20.0
     """

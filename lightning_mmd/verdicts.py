@@ -151,7 +151,7 @@ def judge(
         2012.10410 (a collapse is no limit of the dynamics); Becker et al., arXiv 2305.08277 (for
         kernel critics it is, which is what we find; bandwidth and rates). The thresholds are ours.
 
-    Example:
+    Examples:
         >>> steps = list(range(0, 400, 10))
         >>> falling = Traces(steps, [0.8**t for t in range(40)])
         >>> judge(falling, floor=1e-3).name
@@ -246,7 +246,7 @@ def swings(trace: Sequence[float], noise: float = 0.0) -> int:
     Returns:
         The number of crossings; about two a period.
 
-    Example:
+    Examples:
         >>> swings([0, 1, 0, 1, 1, 0])
         4
         >>> swings([5, 4, 3, 2, 1])
@@ -295,7 +295,7 @@ def cycle_length(trace: Sequence[float], level: float = 0.01) -> float | None:
         Torrence & Compo 1998, A practical guide to wavelet analysis, section 4 (the red-noise
         background); the second condition is ours.
 
-    Example:
+    Examples:
         >>> cycle_length([math.sin(2 * math.pi * t / 12) for t in range(60)])
         12.0
         >>> cycle_length([0.9**t for t in range(60)]) is None

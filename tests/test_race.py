@@ -128,5 +128,7 @@ def test_the_tables_in_the_text_are_those_of_the_rows(monkeypatch):
     rows = report.read()
     text = report.README.read_text()
     assert report.inject(text, report.tables(rows, report.read(report.FIRST))) == text
+    front = report.FRONT.read_text()
+    assert report.inject(front, {"results": report.front_table(rows)}) == front
     with (FOLDER / "results" / "race.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows) > 0

@@ -44,7 +44,7 @@ class BandwidthSchedule(Clocked):
     Source:
         Becker et al., arXiv 2305.08277: shrinking the kernel's effective width in training helps.
 
-    Example:
+    Examples:
         >>> schedule = BandwidthSchedule(initial=4.0, num_steps=200, every_n_steps=100)
         >>> [schedule.factor(step) for step in (0, 99, 100, 200, 900)]
         [4.0, 4.0, 2.0, 1.0, 1.0]

@@ -93,7 +93,7 @@ class ConvergenceMonitor(GeneratorCadence):
     Source:
         See `lightning_mmd.verdicts.judge`; Turinici, arXiv 2012.10410, for acting on a collapse.
 
-    Example:
+    Examples:
         >>> monitor = ConvergenceMonitor(every_n_steps=10)
         >>> trainer = Trainer(max_steps=400, callbacks=[monitor], logger=False)
     """

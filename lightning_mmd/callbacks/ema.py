@@ -113,7 +113,7 @@ class GeneratorEMA(Clocked):
         Karras et al. 2018, arXiv 1710.10196 (averaged generators); Karras et al. 2022, arXiv
         2206.00364 (half-life in images, ramp).
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(max_steps=400, callbacks=[GeneratorEMA(half_life=50)], logger=False)
     """

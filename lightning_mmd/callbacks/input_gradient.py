@@ -61,7 +61,7 @@ class InputGradientPenalty(CriticPenalty):
         Mescheder et al. 2018, arXiv 1801.04406 (R1, R2); Gulrajani et al. 2017, arXiv 1704.00028
         (WGAN-GP, equation 3); Karras et al. 2020, arXiv 1912.04958, appendix B (lazy).
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> r1 = InputGradientPenalty(1.0, generator="netG", critic="netD")
         >>> trainer = Trainer(callbacks=[r1], logger=False)

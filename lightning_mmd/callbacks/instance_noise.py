@@ -39,7 +39,7 @@ class InstanceNoise(ScheduledNoise):
     Source:
         Sonderby et al., arXiv 1610.04490; Arjovsky & Bottou, arXiv 1701.04862.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.noise import GeometricNoise
         >>> callback = InstanceNoise(GeometricNoise(0.5, ratio=0.999), critic="netD")
     """

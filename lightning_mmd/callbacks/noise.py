@@ -211,7 +211,7 @@ class NoiseInjection(ScheduledNoise):
     Source:
         Arbel et al. 2019, arXiv 1906.04370, noise injection.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_mmd.noise import HalvingNoise
         >>> noise = NoiseInjection(HalvingNoise(0.1, every=500, until=2000))

@@ -92,7 +92,7 @@ class ParametricGradientPenalty(CriticPenalty):
     Source:
         Mroueh & Nguyen, arXiv 2011.02402, regularised discrepancy MMD_{alpha,beta}.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> penalty = ParametricGradientPenalty(alpha=1.0, generator="netG", critic="netD")
         >>> trainer = Trainer(callbacks=[penalty], logger=False)

@@ -59,7 +59,7 @@ class ProximalPoint(AddedGradient):
     Source:
         arXiv 2605.31369 (MMD GANs with a proximal term).
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[ProximalPoint(10.0, generator="netG")], logger=False)
     """

@@ -56,7 +56,7 @@ class SampleQuality(HeldOutTracker):
     Source:
         See `FeatureMetrics`.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from torch import nn
         >>> quality = SampleQuality(nn.Flatten(), every_n_steps=500)  # features: the pixels

@@ -73,7 +73,7 @@ class RelativeTestLR(GeneratorCadence):
         back, 0.1, three times, 1e-6, polynomial kernel on Inception features); Bounliphone et al.
         2016, arXiv 1511.04581, the test.
 
-    Example:
+    Examples:
         >>> from lightning_mmd.kernels import RationalQuadratic
         >>> schedule = RelativeTestLR(RationalQuadratic(1.0, bandwidth=8.0), every_n_steps=100)
     """

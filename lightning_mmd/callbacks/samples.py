@@ -50,7 +50,7 @@ class SampleGrid(GeneratorCadence):
             shape (n, c, h, w) with c in (1, 3) nor points of shape (n, 2).
         ImportError: At set-up, if torchvision is missing or does not match torch.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> pictures = SampleGrid(every_n_steps=50, num_samples=64, num_columns=8, scale=4)
         >>> trainer = Trainer(max_steps=400, callbacks=[pictures], logger=False)

@@ -60,7 +60,7 @@ class MMDTracker(HeldOutTracker):
             data or an image has a value that is not finite.
         TypeError: If a loader or dataset cannot be read item by item, or an item holds no tensor.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_mmd.kernels import RationalQuadratic, SumKernel
         >>> scales = [RationalQuadratic(a, bandwidth=8.0) for a in (0.2, 0.5, 1.0, 2.0, 5.0)]

@@ -19,7 +19,7 @@ def pixels_to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     Returns:
         Tensor of the same shape in [-1, 1], on the same device.
 
-    Example:
+    Examples:
         >>> pixels_to_unit(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-1.,  1.])
     """
@@ -44,7 +44,7 @@ def split_indices(
     Raises:
         ValueError: a share is not in (0, 1), or none is left for training.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> [len(part) for part in split_indices(10, 0.2, 0.1, generator)]
         [7, 2, 1]

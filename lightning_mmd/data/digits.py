@@ -31,7 +31,7 @@ class DigitsDataModule(ImageDataModule):
     Source:
         E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
 
-    Example:
+    Examples:
         >>> digits = DigitsDataModule(batch_size=64)
         >>> digits.setup()
         >>> batch = next(iter(digits.train_dataloader()))

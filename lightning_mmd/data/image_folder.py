@@ -52,7 +52,7 @@ class ImageFolderDataModule(ImageDataModule):
         ValueError: channels is neither 1 nor 3; image_size is below 1; background is not a grey
             level; on_bad_image is no such word.
 
-    Example:
+    Examples:
         >>> ImageFolderDataModule(root="photos", image_size=64).sample_shape
         (3, 64, 64)
     """

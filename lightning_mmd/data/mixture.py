@@ -37,7 +37,7 @@ class GaussianMixtureDataModule(SampleDataModule):
         ValueError: num_modes is below 1 or, for a grid, no square; std is negative; one part of
             the split is empty.
 
-    Example:
+    Examples:
         >>> GaussianMixtureDataModule(num_modes=4, grid_spacing=3.0).modes
         tensor([[-1.5000, -1.5000],
                 [-1.5000,  1.5000],

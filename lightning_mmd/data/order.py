@@ -23,7 +23,7 @@ class BatchSizes:
     Raises:
         ValueError: a size is below 1, or no size stands at 0 samples.
 
-    Example:
+    Examples:
         >>> sizes = BatchSizes({0: 64, 10_000: 128})
         >>> sizes.at(9_999), sizes.at(10_000), sizes.after(0, batches=2, num_replicas=1)
         (64, 128, 128)
@@ -86,7 +86,7 @@ class Order(DistributedSampler[Any]):
     Raises:
         ValueError: N samples do not fill one batch of every process.
 
-    Example:
+    Examples:
         >>> two = [Order(4, BatchSizes(1), 0, num_replicas=2, rank=rank) for rank in range(2)]
         >>> [a + b for a, b in zip(*two)] == list(Order(4, BatchSizes(2), 0))
         True
@@ -175,7 +175,7 @@ def coin_flips(seed: int, first: int, num: int) -> Tensor:
         G. L. Steele, D. Lea and C. H. Flood, Fast Splittable Pseudorandom Number Generators, 2014
         (the mixing function of SplitMix64).
 
-    Example:
+    Examples:
         >>> bool((coin_flips(0, 3, 5) == coin_flips(0, 0, 8)[3:]).all())
         True
     """

@@ -98,7 +98,7 @@ class TorchvisionDataModule(ImageDataModule):
         arXiv 1708.07747. CIFAR-10: A. Krizhevsky, Learning Multiple Layers of Features from Tiny
         Images, 2009.
 
-    Example:
+    Examples:
         >>> TorchvisionDataModule("MNIST", image_size=32).sample_shape
         (1, 32, 32)
     """
