@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from lightning_mmd.classifier import ImageClassifier
     from lightning_mmd.closed_form import ClosedForm, TrustRegion
+    from lightning_mmd.conditional import ClassFeatures, ClassProductFeatures
     from lightning_mmd.critics import EmbeddingCritic, LearnedKernelCritic
     from lightning_mmd.deep_kernel import DeepKernel
     from lightning_mmd.distance import FlowDistance, flow_distance
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
         SumKernel,
         median_bandwidth,
     )
-    from lightning_mmd.latents import Latents
+    from lightning_mmd.latents import LabelledLatents, Latents
     from lightning_mmd.matching import FeatureMatching
     from lightning_mmd.metrics import MaximumMeanDiscrepancy
     from lightning_mmd.mmd import (
@@ -121,6 +122,7 @@ _HOMES = {
     ],
     "classifier": ["ImageClassifier"],
     "closed_form": ["ClosedForm", "TrustRegion"],
+    "conditional": ["ClassFeatures", "ClassProductFeatures"],
     "critics": ["EmbeddingCritic", "LearnedKernelCritic"],
     "deep_kernel": ["DeepKernel"],
     "distance": ["FlowDistance", "flow_distance"],
@@ -154,7 +156,7 @@ _HOMES = {
         "SumKernel",
         "median_bandwidth",
     ],
-    "latents": ["Latents"],
+    "latents": ["LabelledLatents", "Latents"],
     "matching": ["FeatureMatching"],
     "metrics": ["MaximumMeanDiscrepancy"],
     "mmd": [

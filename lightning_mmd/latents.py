@@ -1,13 +1,13 @@
 """What a generator is called with: latents, alone or with labels beside them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "Latents", "as_inputs", "select"]
+__all__ = ["Inputs", "LabelledLatents", "Latents", "as_inputs", "select", "with_labels"]
 
 Inputs = Tensor | tuple[Tensor, ...]
 """A tensor of n rows, or a tuple of such tensors: latents or samples, then labels."""
@@ -76,6 +76,14 @@ class Latents:
             return torch.randn(num, self.source)
         return self.source(num)
 
+    def check_data(self, labels: bool, num_classes: int | None) -> None:
+        """Refuse a data module whose labels do not suit; here all do.
+
+        Args:
+            labels: Whether it serves any.
+            num_classes: Number of its classes, None where it does not know.
+        """
+
     def __call__(
         self, num: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> tuple[Tensor, ...]:
@@ -112,3 +120,106 @@ class Latents:
             part.to(device, dtype) if part.is_floating_point() else part.to(device)
             for part in parts
         )
+
+
+class LabelledLatents(Latents):
+    """Standard normal latents, and beside each the class that the generator is asked for.
+
+    The classes are drawn independently of those in the batch of data: of all classes alike, or with
+    given frequencies.
+
+    Args:
+        dim: Length of a standard normal latent vector, >= 1.
+        num_classes: Number C of classes, >= 2; the labels are 0 to C - 1.
+        frequencies: Probability of each class, C numbers >= 0 that are divided by their sum, for
+            example the counts in the data. Default: all classes alike.
+
+    Raises:
+        ValueError: If a number is out of range, or there are not C frequencies.
+
+    Examples:
+        >>> z, labels = LabelledLatents(3, 10)(5)
+        >>> z.shape, labels.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, frequencies: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(dim)
+        if num_classes < 2:
+            raise ValueError(f"LabelledLatents needs num_classes of at least 2, got {num_classes}.")
+        weights = torch.ones(num_classes) if frequencies is None else torch.tensor(frequencies)
+        weights = weights.double()
+        if weights.shape != (num_classes,) or not (weights >= 0).all() or not weights.sum() > 0:
+            raise ValueError(
+                f"LabelledLatents needs {num_classes} frequencies >= 0, not all of them 0, got "
+                f"{frequencies}. Leave them out to draw all classes alike."
+            )
+        if not weights.isfinite().all():
+            raise ValueError(f"LabelledLatents needs finite frequencies, got {frequencies}.")
+        self.num_classes = num_classes
+        self.frequencies = (weights / weights.sum()).tolist()
+
+    def draw(self, num: int) -> Inputs:
+        """Return ``num`` latents, and labels of shape (num,) in int64."""
+        z = torch.randn(num, self.dim or 1)
+        weights = torch.tensor(self.frequencies, dtype=torch.float64)
+        # multinomial refuses no draws at all
+        labels = torch.multinomial(weights, max(num, 1), replacement=True)[:num]
+        return z, labels
+
+    def check_data(self, labels: bool, num_classes: int | None) -> None:
+        """Refuse data without labels, or with another number of classes.
+
+        Raises:
+            ValueError: If the data have none, or another number.
+        """
+        if not labels:
+            raise ValueError(
+                "LabelledLatents ask for classes, but the data serve no labels. Set labels=True in "
+                "the data module (on the command line: --data.labels true)."
+            )
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"LabelledLatents draw {self.num_classes} classes, but the data have "
+                f"{num_classes}. Set num_classes to {num_classes}, in the networks too."
+            )
+
+
+def with_labels(
+    inputs: tuple[Tensor, ...], labels: Any, num_classes: int | None = None
+) -> tuple[Tensor, ...]:
+    """Put labels in place of those that were drawn.
+
+    Args:
+        inputs: Latents of n rows, and one tensor of labels.
+        labels: One class for all, or n of them.
+        num_classes: Number of classes, where it is known.
+
+    Returns:
+        The latents, and the labels.
+
+    Raises:
+        ValueError: If the latents carry no labels, or the labels do not fit.
+    """
+    if len(inputs) != 2:
+        raise ValueError(
+            "labels were asked for, but this generator takes none: its latents carry "
+            f"{len(inputs) - 1} label tensors. Leave labels out, or train with LabelledLatents."
+        )
+    z, drawn = inputs
+    found = torch.as_tensor(labels, device=drawn.device)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise ValueError(f"labels must be whole numbers, got {labels!r}.")
+    found = found.expand(len(z)) if found.ndim == 0 else found
+    if found.shape != drawn.shape:
+        raise ValueError(
+            f"labels must be one class or {len(z)} of them, one a sample, got shape "
+            f"{tuple(found.shape)}."
+        )
+    if num_classes is not None and len(found) and not 0 <= found.min() <= found.max() < num_classes:
+        raise ValueError(
+            f"labels must be 0 to {num_classes - 1}, got {int(found.min())} to {int(found.max())}."
+        )
+    return z, found.to(drawn.dtype)

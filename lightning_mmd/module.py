@@ -34,7 +34,7 @@ from lightning_mmd.internals import (
     uncompile,
     uncounted,
 )
-from lightning_mmd.latents import Inputs, Latents, as_inputs
+from lightning_mmd.latents import Inputs, Latents, as_inputs, with_labels
 from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 from lightning_mmd.passes import copy_network, counter_seed, evaluating, full_precision, seeded
@@ -202,25 +202,29 @@ class MMDGAN(Pretrained):
             return self.sample_latents(num)
 
     @torch.no_grad()
-    def sample(self, num: int, latents: Inputs | None = None) -> Tensor:
+    def sample(self, num: int, latents: Inputs | None = None, labels: Any = None) -> Tensor:
         """Generate samples in eval mode, with averaged weights where there are any.
 
         Args:
             num: How many, >= 1; the length of ``latents`` if these are given.
             latents: Latents to use, in a tuple with labels where the generator takes any; default:
                 fresh ones from torch's global random state.
+            labels: Classes to generate, where the generator takes any: one for all, or ``num``.
+                Default: those that the latents carry.
 
         Returns:
             Samples of shape (num, ...), on the model's device.
 
         Raises:
-            ValueError: If ``num`` does not fit.
+            ValueError: If ``num`` or the labels do not fit.
         """
         _check_integers(num=num)
         inputs = as_inputs(self.sample_latents(num) if latents is None and num >= 1 else latents)
         if num < 1 or len(inputs[0]) != num:
             length = "none" if latents is None else len(inputs[0])
             raise ValueError(f"sample needs num >= 1 and as many latents, got {num} and {length}.")
+        if labels is not None:
+            inputs = with_labels(inputs, labels, getattr(self.latents, "num_classes", None))
         average = self.averaged_generator
         generator = self.generator if average is None else average.to(self.device)
         with evaluating(generator):
@@ -345,6 +349,7 @@ class MMDGAN(Pretrained):
             if isinstance(data, SampleDataModule):
                 like = torch.empty(0, *data.sample_shape, dtype=x.dtype)
                 self._game((like,)).check_samples(x)
+                self.latents.check_data(data.labels, data.num_classes)
             try:
                 self.rule.gap(self.critic, (x, *z[1:]), (x, *z[1:]))
             except (TypeError, ValueError):

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mmd.conditional import ClassGroupNorm, ClassSequential
+
 __all__ = [
     "ConvClassifier",
     "ConvFeatures",
@@ -60,6 +62,8 @@ class ConvGenerator(nn.Module):
         sample_shape: Shape (c, h, w) of an image; h and w divisible by 2^(len(channels) - 1).
         latent_dim: Length of a latent vector.
         channels: Channels from the smallest image to the largest.
+        num_classes: Number of classes; the generator is then called with latents and labels, and
+            each class has gains and shifts of its own in the normalisations (`ClassGroupNorm`).
 
     Raises:
         ValueError: If the image size does not fit the number of doublings, or there are no
@@ -71,6 +75,7 @@ class ConvGenerator(nn.Module):
         sample_shape: Sequence[int],
         latent_dim: int = 32,
         channels: Sequence[int] = (64, 32, 16),
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         out_channels, height, width = _check_image_shape(sample_shape, len(channels) - 1)
@@ -79,16 +84,16 @@ class ConvGenerator(nn.Module):
         layers: list[nn.Module] = [
             nn.Linear(latent_dim, math.prod(base)),
             nn.Unflatten(1, base),
-            *_normalised(channels[0]),
+            *_normalised(channels[0], num_classes),
         ]
         for before, after in pairwise(channels):
-            layers += [DoublingConv2d(before, after), *_normalised(after)]
+            layers += [DoublingConv2d(before, after), *_normalised(after, num_classes)]
         layers += [nn.Conv2d(channels[-1], out_channels, 3, padding=1), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
+        self.layers = (nn.Sequential if num_classes is None else ClassSequential)(*layers)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map latents (n, latent_dim) to images (n, c, h, w)."""
-        return self.layers(z)
+    def forward(self, z: Tensor, *labels: Tensor) -> Tensor:
+        """Map latents (n, latent_dim), and labels (n,) of classes, to images (n, c, h, w)."""
+        return self.layers(z, *labels)
 
 
 class ConvFeatures(nn.Module):
@@ -213,9 +218,11 @@ def _mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Seque
     return nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
 
 
-def _normalised(channels: int) -> list[nn.Module]:
+def _normalised(channels: int, num_classes: int | None = None) -> list[nn.Module]:
     # two channels a group at least: alone, a channel loses its mean and its bias does nothing
     num_groups = math.gcd(channels, max(1, min(8, channels // 2)))
+    if num_classes is not None:
+        return [ClassGroupNorm(num_groups, channels, num_classes), nn.SiLU()]
     return [nn.GroupNorm(num_groups, channels), nn.SiLU()]
 
 

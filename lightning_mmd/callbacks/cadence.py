@@ -47,6 +47,7 @@ class Sampling:
 
     Attributes:
         device: Device of the samples.
+        num_classes: Number of classes that the module's latents ask for; None where they do not.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class Sampling:
         self._sample: Any = getattr(module, sampler)
         self._fixed_latents: Any = cast_samples(module).fixed_latents
         self.device = module.device
+        latents = getattr(module, "latents", None)
+        self.num_classes: int | None = getattr(latents, "num_classes", None)
 
     def fixed_latents(self, num: int, seed: int) -> tuple[Tensor, ...]:
         """Return what `num` samples are made of, a function of the seed: latents, and labels."""

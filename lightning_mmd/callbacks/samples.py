@@ -1,6 +1,6 @@
 """Pictures of the generator's samples while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
 from lightning_mmd.callbacks.loggers import send_picture
 from lightning_mmd.data import import_torchvision
 from lightning_mmd.internals import is_fast_dev_run
+from lightning_mmd.latents import with_labels
 from lightning_mmd.processes import together
 
 __all__ = ["SampleGrid", "run_directory"]
@@ -22,8 +23,9 @@ class SampleGrid(GeneratorCadence):
     """Picture of samples from fixed latents: always a PNG file, and in loggers that take pictures.
 
     Made before the first generator update, every `every_n_steps` updates and at the end, on the
-    axis of the scalars. Images become a grid; points in the plane become a two-dimensional
-    histogram, darker where there are more (values outside `value_range` pile up on the border).
+    axis of the scalars. Images become a grid, with `LabelledLatents` a row a class; points in the
+    plane become a two-dimensional histogram, darker where there are more (values outside
+    `value_range` pile up on the border).
     Values that are not finite are drawn as 0 or as a limit of the range. `Trainer(fast_dev_run)`
     writes no files.
 
@@ -111,6 +113,10 @@ class SampleGrid(GeneratorCadence):
 
     def _draw_and_save(self, trainer: Trainer, model: Sampling) -> None:
         latents = model.fixed_latents(self.num_samples, self.seed)
+        if model.num_classes is not None:
+            classes = range(model.num_classes)
+            rows = [row_class(i, self.num_columns, classes) for i in range(self.num_samples)]
+            latents = with_labels(latents, rows)
         picture = self.draw(model.sample(latents))
         if is_fast_dev_run(trainer):
             return
@@ -166,6 +172,11 @@ class SampleGrid(GeneratorCadence):
             points.clamp(low, high), bins=[SCATTER_BINS, SCATTER_BINS], range=[low, high] * 2
         ).hist
         return 1 - (counts / counts.max()).sqrt().T.flip(0)
+
+
+def row_class(index: int, num_columns: int, classes: Sequence[int]) -> int:
+    """Return the class of a picture's image where each row has one, over and over."""
+    return classes[index // num_columns % len(classes)]
 
 
 def run_directory(trainer: Trainer) -> Path:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_mmd.callbacks import SampleGrid
+from lightning_mmd.callbacks.samples import row_class
 from lightning_mmd.commands.models import load_either
-from lightning_mmd.latents import as_inputs, select
+from lightning_mmd.latents import as_inputs, select, with_labels
 from lightning_mmd.module import MMDGAN
 
 __all__ = ["between", "sample"]
@@ -23,6 +24,7 @@ def sample(
     output: Path = Path("samples.png"),
     num_columns: int = 8,
     interpolate: bool = False,
+    labels: list[int] | int | str | None = None,
     scale: int = 1,
     value_range: tuple[float, float] | None = None,
     seed: int = 0,
@@ -38,6 +40,8 @@ def sample(
         output: A PNG file; a name without a suffix is a folder, which gets a file an image.
         num_columns: Images in a row.
         interpolate: Let each row lead from one latent to another, in equal angles.
+        labels: Classes to draw, for example 0,1,2: a row each, over and over. Default: as in
+            training, at random.
         scale: Enlarges every pixel to scale x scale.
         value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
             range of both axes, by default what holds them all.
@@ -62,6 +66,12 @@ def sample(
         latents = between(as_inputs(model.fixed_latents(2 * num // num_columns, seed)), num_columns)
     else:
         latents = as_inputs(model.fixed_latents(num, seed))
+    if labels is not None:
+        latents = with_labels(
+            latents,
+            [row_class(i, num_columns, _classes(labels)) for i in range(num)],
+            getattr(model.latents, "num_classes", None),
+        )
     samples = _draw(model, latents)
     grid = SampleGrid(
         num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
@@ -80,6 +90,16 @@ def sample(
             grid.save(picture, output / f"{i:06d}.png")
     weights = "" if model.averaged_generator is None else " (averaged weights)"
     print(f"{num} samples{weights}: {output}")
+
+
+def _classes(labels: list[int] | int | str) -> list[int]:
+    parts = labels.split(",") if isinstance(labels, str) else labels
+    try:
+        return [parts] if isinstance(parts, int) else [int(part) for part in parts]
+    except ValueError:
+        raise ValueError(
+            f"--labels must be whole numbers with commas between, such as 0,1,2, got {labels!r}."
+        ) from None
 
 
 def between(latents: tuple[Tensor, ...], num: int) -> tuple[Tensor, ...]:

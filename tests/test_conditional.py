@@ -1,0 +1,204 @@
+"""Class-conditional networks, latents with labels, and what asks for a class."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tiny import quiet_trainer
+
+from lightning_mmd import (
+    MMDGAN,
+    ClassFeatures,
+    ClassProductFeatures,
+    ClosedForm,
+    DeepKernel,
+    EmbeddingCritic,
+    GradientAscent,
+    LabelledLatents,
+    LearnedKernelCritic,
+    SampleGrid,
+    mmd2_features,
+)
+from lightning_mmd.commands.doctor import check_parity
+from lightning_mmd.conditional import ClassGroupNorm
+from lightning_mmd.data import DigitsDataModule
+from lightning_mmd.kernel_objectives import deep_mmd2
+from lightning_mmd.kernels import Linear
+from lightning_mmd.networks import ConvFeatures, ConvGenerator, MLPFeatures
+
+SHAPE = (1, 8, 8)
+
+
+def test_class_group_norm_is_group_norm_with_the_row_of_the_class():
+    norm = ClassGroupNorm(2, 4, 3)
+    nn.init.normal_(norm.gain), nn.init.normal_(norm.shift)
+    x, labels = torch.randn(5, 4, 3, 2), torch.tensor([2, 0, 1, 1, 2])
+    for i, label in enumerate(labels):
+        plain = nn.GroupNorm(2, 4)
+        plain.weight.data, plain.bias.data = norm.gain[label].data, norm.shift[label].data
+        torch.testing.assert_close(norm(x, labels)[i], plain(x[i : i + 1])[0])
+
+
+def test_class_features_make_the_projection_critic():
+    h = MLPFeatures(2, 6)
+    critic = LearnedKernelCritic(ClassFeatures(h, 6, 4), 6)
+    x, y = torch.randn(7, 2), torch.randint(4, (7,))
+    w, v = critic.weights, critic.weights * critic.features.scale
+    torch.testing.assert_close(critic(x, y), h(x) @ w + (h(x) * v[y]).sum(1))
+
+
+def test_product_features_have_the_product_kernel():
+    h, frequencies = MLPFeatures(2, 6), [0.5, 0.3, 0.2]
+    features = ClassProductFeatures(h, 6, 3, frequencies)
+    x, y = torch.randn(9, 2), torch.randint(3, (9,))
+    phi = features(x, y)
+    same = (y[:, None] == y).double()
+    expected = (h(x) @ h(x).T) * same / (0.5**2 + 0.3**2 + 0.2**2)
+    torch.testing.assert_close(phi @ phi.T, expected)
+    assert features.matches == pytest.approx(0.38)
+
+
+def test_the_unbiased_mmd2_has_mean_zero_where_both_laws_agree():
+    """Over all samples of two and two from one law of three labelled points, exactly."""
+    points = torch.randn(3, 2)
+    labels = torch.tensor([0, 1, 1])
+    p = torch.tensor([0.5, 0.2, 0.3])
+    features = ClassProductFeatures(MLPFeatures(2, 6), 6, 2, [0.5, 0.5])
+    phi = features(points, labels).detach()
+    mean = biased = 0.0
+    for draw in itertools.product(range(3), repeat=4):
+        chance = p[list(draw)].prod()
+        real, fake = phi[list(draw[:2])], phi[list(draw[2:])]
+        mean += chance * deep_mmd2(Linear(), real, fake)
+        biased += chance * mmd2_features(real, fake)
+    assert abs(mean) < 1e-12 < 1e-3 < biased
+    # and it is not zero where only the labels differ
+    other = features(points, 1 - labels).detach()
+    assert (p @ (phi - other)).square().sum() > 1e-3
+
+
+def test_latents_draw_classes_with_their_frequencies():
+    torch.manual_seed(0)
+    z, y = LabelledLatents(3, 3, [2, 0, 6])(4000)
+    assert z.shape == (4000, 3)
+    assert y.dtype == torch.int64
+    counts = y.bincount(minlength=3)
+    assert counts[1] == 0
+    assert abs(counts[0] / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    _, y = LabelledLatents(3, 4)(4000)
+    assert (y.bincount() / 4000 - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 1), "num_classes of at least 2, got 1"),
+        ((3, 2, [1.0]), "needs 2 frequencies"),
+        ((3, 2, [1.0, -1.0]), "needs 2 frequencies"),
+        ((3, 2, [0.0, 0.0]), "not all of them 0"),
+        ((3, 2, [1.0, float("inf")]), "finite frequencies"),
+    ],
+)
+def test_latents_refuse_what_is_no_law(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledLatents(*arguments)
+
+
+@pytest.fixture
+def as_trained():
+    """Networks as a training has them: digits are float32."""
+    torch.set_default_dtype(torch.float32)
+
+
+def make(rule, num_classes=10, product=False):
+    torch.manual_seed(0)
+    generator = ConvGenerator(SHAPE, 8, (16, 8), num_classes=num_classes)
+    net = ConvFeatures(SHAPE, 16, (8, 16), activated=True)
+    if product:
+        features, width = ClassProductFeatures(net, 16, num_classes), 16 * num_classes
+    else:
+        features, width = ClassFeatures(net, 16, num_classes), 16
+    deep = isinstance(rule, DeepKernel)
+    critic = EmbeddingCritic(features, width, 8) if deep else LearnedKernelCritic(features, width)
+    return MMDGAN(generator, critic, rule, latents=LabelledLatents(8, num_classes))
+
+
+RULES = {
+    "closed form": ClosedForm(beta=0.05, max_iterations=4),
+    "gradient ascent": GradientAscent(alpha=1.0, beta=0.1),
+    "default": None,
+    "deep kernel": DeepKernel(),
+}
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_trains_on_labelled_digits_and_resumes(name, product, tmp_path, as_trained):
+    data = lambda: DigitsDataModule(batch_size=32, labels=True)  # noqa: E731
+    grid = SampleGrid(every_n_steps=2, num_samples=20, num_columns=2, dirpath=tmp_path)
+
+    def fit(model, steps, path=None):
+        trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=[grid])
+        trainer.fit(model, data(), ckpt_path=path, weights_only=True)
+        return trainer
+
+    whole = make(RULES[name], product=product)
+    fit(whole, 4)
+    first = make(RULES[name], product=product)
+    fit(first, 2).save_checkpoint(tmp_path / "half.ckpt")
+    second = make(RULES[name], product=product)
+    fit(second, 4, tmp_path / "half.ckpt")
+    for p, q in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert any((p != q).any() for p, q in zip(first.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_two_processes_equal_one(name):
+    assert max(row.error for row in check_parity(make(RULES[name], num_classes=2))) < 1e-10
+
+
+def test_a_class_can_be_asked_for():
+    model = make(None)
+    z, _ = model.fixed_latents(6)
+    asked = torch.tensor([3, 1, 4, 1, 5, 9])
+    expected = model.generator(z, asked)
+    assert torch.equal(model.sample(6, (z, asked * 0), labels=asked), expected)
+    assert torch.equal(model.sample(6, (z, asked * 0), labels=asked.tolist()), expected)
+    assert torch.equal(model.sample(6, (z, asked), labels=7), model.generator(z, asked * 0 + 7))
+    for labels, message in [
+        (10, "0 to 9, got 10 to 10"),
+        ([1, 2], "one class or 6"),
+        (0.5, "whole numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.sample(6, labels=labels)
+    plain = MMDGAN(nn.Linear(3, 2), LearnedKernelCritic(nn.Linear(2, 4), 4), latents=3)
+    with pytest.raises(ValueError, match="takes none"):
+        plain.sample(6, labels=1)
+
+
+def test_a_picture_has_a_row_for_each_class(tmp_path, as_trained):
+    model = make(None, num_classes=3)
+    seen = []
+    model.generator.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    data = DigitsDataModule(batch_size=32, labels=True)
+    grid = SampleGrid(num_samples=8, num_columns=2, dirpath=tmp_path)
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[grid])
+    data.setup()
+    pairs = zip(data._split(0).data, data._split(0).labels, strict=True)
+    three = [(x, y) for x, y in pairs if y < 3]
+    trainer.fit(model, DataLoader(three, batch_size=32))
+    assert any(y.tolist() == [0, 0, 1, 1, 2, 2, 0, 0] for y in seen)
+
+
+def test_labels_that_do_not_suit_are_refused_before_the_first_step(tmp_path):
+    model = make(None)
+    with pytest.raises(ValueError, match=r"serve no labels. Set labels=True"):
+        quiet_trainer(tmp_path, max_steps=1).fit(model, DigitsDataModule(batch_size=32))
+    with pytest.raises(ValueError, match="draw 4 classes, but the data have 10"):
+        quiet_trainer(tmp_path, max_steps=1).fit(
+            make(None, num_classes=4), DigitsDataModule(batch_size=32, labels=True)
+        )
