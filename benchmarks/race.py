@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge import Images, Judge, cached_classifier, load, to_unit
+from judge import Images, Judge, cached_classifier, load, new_judge, to_unit
 from rivals import LATENT_DIM, RIVALS, Contender, FrozenFeatures, Ours, Spec
 from torchvision.utils import save_image
 
@@ -298,7 +298,7 @@ def main(root: str, texts: list[list[str]]) -> None:
         where = spec["data"], spec["split"]
         if where not in loaded:
             images = load(spec["data"], root, spec["split"])
-            judge = Judge(cached_classifier(images, spec["data"], CACHE, seed=0), images)
+            judge = new_judge(spec["data"], images, CACHE)
             loaded[where] = images, judge
             print(f"judge: {judge.accuracy:.4f} right; floor {judge.floor()}", flush=True)
         train(spec, *loaded[where], CACHE / "pictures")
