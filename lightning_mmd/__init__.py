@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_mmd.callbacks import (
         BandwidthSchedule,
         ConvergenceMonitor,
+        DiffAugment,
         GeneratorEMA,
         GeneratorProgressBar,
         GracefulStop,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         OnDivergence,
         ParametricGradientPenalty,
         ProximalPoint,
+        Rehearsal,
         RelativeTestLR,
         SampleGrid,
         SampleQuality,
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
         parametric_gradient_penalty,
         rkhs_norm_penalty,
     )
+    from lightning_mmd.pixel_kernel import PixelKernel
     from lightning_mmd.pushforward import parametric_gradient, parametric_tangent
     from lightning_mmd.rates import convergence_rates, suggest_hyperparameters
     from lightning_mmd.standard import standard_rule
@@ -106,6 +109,7 @@ _HOMES = {
     "callbacks": [
         "BandwidthSchedule",
         "ConvergenceMonitor",
+        "DiffAugment",
         "GeneratorEMA",
         "GeneratorProgressBar",
         "GracefulStop",
@@ -116,6 +120,7 @@ _HOMES = {
         "OnDivergence",
         "ParametricGradientPenalty",
         "ProximalPoint",
+        "Rehearsal",
         "RelativeTestLR",
         "SampleGrid",
         "SampleQuality",
@@ -177,6 +182,7 @@ _HOMES = {
     ],
     "objectives": ["KALE", "Hinge", "Logistic", "Objective"],
     "penalties": ["input_gradient_penalty", "parametric_gradient_penalty", "rkhs_norm_penalty"],
+    "pixel_kernel": ["PixelKernel"],
     "pushforward": ["parametric_gradient", "parametric_tangent"],
     "rates": ["convergence_rates", "suggest_hyperparameters"],
     "standard": ["standard_rule"],

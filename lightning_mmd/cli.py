@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import os
 import re
 import signal
@@ -23,11 +22,7 @@ from lightning.pytorch.cli import (
 )
 
 from lightning_mmd.callbacks import (
-    ConvergenceMonitor,
     GracefulStop,
-    MMDTracker,
-    SampleGrid,
-    SampleQuality,
     StoppedError,
 )
 from lightning_mmd.commands.classifier import train_classifier
@@ -41,7 +36,9 @@ from lightning_mmd.commands.models import check_checkpoint
 from lightning_mmd.commands.report import run_report
 from lightning_mmd.commands.runs import command_to_go_on, draw_at_end, find_last
 from lightning_mmd.commands.sample import sample
+from lightning_mmd.commands.shapes import fill_in_shapes
 from lightning_mmd.commands.shipped import configs, with_files
+from lightning_mmd.commands.summaries import summary
 from lightning_mmd.commands.tensorboard_logs import send_final_scores, without_hp_metric
 from lightning_mmd.commands.wandb_logs import start_or_go_offline
 from lightning_mmd.halving import StepHalving
@@ -149,6 +146,7 @@ class MMDCLI(LightningCLI):
         for name, kind in (("model", MMDGAN), ("trainer", Trainer)):
             policy.check(self._get(self.config, name), kind)
         policy.check({"data": self._get(self.config, "data")}, _Parts)
+        fill_in_shapes(self._get(self.config, "model"), self._get(self.config, "data"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Leave the progress bar out where none is wanted: Lightning refuses both together."""
@@ -277,54 +275,6 @@ def _quieten() -> None:
 
 def _model_seed(seed_everything: bool | int) -> int:
     return 0 if isinstance(seed_everything, bool) else seed_everything
-
-
-def summary(trainer: Trainer, checkpoint: Path | None = None) -> str:
-    """Describe a finished run: MMD^2 at start and end, scores, floors, and where files are.
-
-    Args:
-        trainer: The trainer after ``fit``.
-        checkpoint: The last checkpoint, if there is one.
-
-    Returns:
-        A few lines of text.
-    """
-    lines = [f"{trainer.global_step} generator updates"]
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, MMDTracker) and callback.history:
-            lines[0] += f"; {callback.name.replace('mmd2', 'MMD^2')} {_descent(callback)}"
-        if isinstance(callback, SampleQuality) and callback.history:
-            lines.append(f"quality:    {_quality(callback)}")
-        if isinstance(callback, SampleGrid) and callback.last_path:
-            lines.append(f"samples:    {callback.last_path}")
-        if isinstance(callback, ConvergenceMonitor) and callback.verdict:
-            lines.append(f"verdict:    {callback.verdict}")
-    if checkpoint is not None:
-        lines.append(f"checkpoint: {checkpoint}")
-    return "\n".join(lines)
-
-
-def _quality(callback: SampleQuality) -> str:
-    names = {"fid": "FID", "kid": "KID"}
-    scores = [
-        f"{shown} {callback.last[name]:.3g}"
-        + (f" (real against real {callback.floors[name]:.2g})" if name in callback.floors else "")
-        for name, shown in names.items()
-        if name in callback.last
-    ]
-    return f"{', '.join(scores)} in {callback.facts()['features']}"
-
-
-def _descent(tracker: MMDTracker) -> str:
-    start, last = tracker.history[0]["mmd2"], tracker.history[-1]["mmd2"]
-    if not math.isfinite(last) or last >= start:
-        fall = "not lower"
-    elif last <= max(0.0, tracker.floor or 0.0):
-        fall = "at the floor"
-    else:
-        fall = f"{start / last:.3g}-fold lower"
-    floor = "" if tracker.floor is None else f"; real against real {tracker.floor:.2g}"
-    return f"{start:.4g} -> {last:.4g} ({fall}{floor})"
 
 
 def _command(function: Callable[..., Any]) -> Callable[[list[str]], Any]:

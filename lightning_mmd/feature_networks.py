@@ -58,16 +58,24 @@ class ClassifierFeatures(nn.Module):
                 "classifier --config configs/features_mnist.yaml"
             ) from error
         self.sample_shape = tuple(built["sample_shape"])
-        self.network = classifier.network.features.eval().requires_grad_(False)
+        self.classifier = classifier.network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, c, h, w) in [-1, 1] to features (n, d)."""
+        self._check(images)
+        return self.classifier.features(images)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Map images (n, c, h, w) in [-1, 1] to their most likely classes (n,)."""
+        self._check(images)
+        return self.classifier(images).argmax(1)
+
+    def _check(self, images: Tensor) -> None:
         if images.shape[1:] != self.sample_shape:
             raise ValueError(
                 f"this classifier was trained on images of shape {self.sample_shape}, got "
                 f"{tuple(images.shape[1:])}. Train one on this data."
             )
-        return self.network(images)
 
 
 class TorchvisionFeatures(nn.Module):
@@ -181,3 +189,7 @@ class DigitsFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map digits (n, 1, 8, 8) in [-1, 1] to features (n, 64)."""
         return self.classifier.features(images.float())
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Map digits (n, 1, 8, 8) in [-1, 1] to their most likely classes (n,)."""
+        return self.classifier(images.float()).argmax(1)

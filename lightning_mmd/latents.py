@@ -193,7 +193,8 @@ def with_labels(
     """Put labels in place of those that were drawn.
 
     Args:
-        inputs: Latents of n rows, and one tensor of labels.
+        inputs: Latents of n rows, and one tensor of labels; alone where the number of classes is
+            known.
         labels: One class for all, or n of them.
         num_classes: Number of classes, where it is known.
 
@@ -203,6 +204,8 @@ def with_labels(
     Raises:
         ValueError: If the latents carry no labels, or the labels do not fit.
     """
+    if len(inputs) == 1 and num_classes is not None:
+        inputs = *inputs, torch.zeros(len(inputs[0]), dtype=torch.int64, device=inputs[0].device)
     if len(inputs) != 2:
         raise ValueError(
             "labels were asked for, but this generator takes none: its latents carry "

@@ -7,6 +7,7 @@ keeps gradient penalties differentiable.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,9 +60,11 @@ class ConvGenerator(nn.Module):
     doubling and a 3x3 convolution, and a last convolution under tanh.
 
     Args:
-        sample_shape: Shape (c, h, w) of an image; h and w divisible by 2^(len(channels) - 1).
+        sample_shape: Shape (c, h, w) of an image; h and w divisible by 2^(len(channels) - 1). On
+            the command line ``data`` takes it from the data module.
         latent_dim: Length of a latent vector.
-        channels: Channels from the smallest image to the largest.
+        channels: Channels from the smallest image to the largest; ``auto`` doubles from images of 4
+            to 8 pixels, with 16 channels (32 for colour) in the largest and at most 256.
         num_classes: Number of classes; the generator is then called with latents and labels, and
             each class has gains and shifts of its own in the normalisations (`ClassGroupNorm`).
 
@@ -72,12 +75,14 @@ class ConvGenerator(nn.Module):
 
     def __init__(
         self,
-        sample_shape: Sequence[int],
+        sample_shape: Sequence[int] | Literal["data"],
         latent_dim: int = 32,
-        channels: Sequence[int] = (64, 32, 16),
+        channels: Sequence[int] | Literal["auto"] = (64, 32, 16),
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if channels == "auto":
+            channels = _automatic(sample_shape, smallest=8)[::-1]
         out_channels, height, width = _check_image_shape(sample_shape, len(channels) - 1)
         scale = 2 ** (len(channels) - 1)
         base = (channels[0], height // scale, width // scale)
@@ -100,9 +105,10 @@ class ConvFeatures(nn.Module):
     """Convolutional feature net: stride-2 3x3 convolutions and a linear map.
 
     Args:
-        sample_shape: Shape (c, h, w) of an image.
+        sample_shape: Shape (c, h, w) of an image; on the command line, ``data``.
         num_features: Length of the feature vector.
-        channels: Channels of the convolutions; each halves the image.
+        channels: Channels of the convolutions; each halves the image. ``auto`` halves until 2 to 4
+            pixels are left, with 16 channels (32 for colour) in the first and at most 256.
         activated: Whether SiLU follows the last map. A `LearnedKernelCritic` is linear in its
             features: without, their last map and its weights are one linear map.
 
@@ -112,12 +118,14 @@ class ConvFeatures(nn.Module):
 
     def __init__(
         self,
-        sample_shape: Sequence[int],
+        sample_shape: Sequence[int] | Literal["data"],
         num_features: int = 256,
-        channels: Sequence[int] = (16, 32, 64),
+        channels: Sequence[int] | Literal["auto"] = (16, 32, 64),
         activated: bool = False,
     ) -> None:
         super().__init__()
+        if channels == "auto":
+            channels = _automatic(sample_shape, smallest=4)[:-1]
         before, height, width = _check_image_shape(sample_shape, 0)
         layers: list[nn.Module] = []
         for after in channels:
@@ -226,7 +234,22 @@ def _normalised(channels: int, num_classes: int | None = None) -> list[nn.Module
     return [nn.GroupNorm(num_groups, channels), nn.SiLU()]
 
 
-def _check_image_shape(sample_shape: Sequence[int], num_doublings: int) -> tuple[int, int, int]:
+def _automatic(sample_shape: Sequence[int] | Literal["data"], smallest: int) -> list[int]:
+    """Return channels from the largest image to the one of at most ``smallest`` pixels."""
+    channels, height, width = _check_image_shape(sample_shape, 0)
+    first = 16 if channels == 1 else 32
+    levels = max(0, math.ceil(math.log2(max(height, width) / smallest)))
+    return [min(first * 2**level, 256) for level in range(levels + 1)]
+
+
+def _check_image_shape(
+    sample_shape: Sequence[int] | Literal["data"], num_doublings: int
+) -> tuple[int, int, int]:
+    if sample_shape == "data":
+        raise ValueError(
+            "sample_shape='data' is for the command line, which takes the shape from the data "
+            "module. In Python give it: sample_shape=data.sample_shape."
+        )
     if len(sample_shape) != 3 or min(sample_shape) < 1:
         raise ValueError(f"an image has a shape (c, h, w), got {tuple(sample_shape)}.")
     if num_doublings < 0:

@@ -1,12 +1,15 @@
 """Class-conditional networks, latents with labels, and what asks for a class."""
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from tiny import quiet_trainer
 
 from lightning_mmd import (
     MMDGAN,
@@ -14,14 +17,18 @@ from lightning_mmd import (
     ClassProductFeatures,
     ClosedForm,
     DeepKernel,
+    DigitsFeatures,
     EmbeddingCritic,
+    FeatureMetrics,
     GradientAscent,
     LabelledLatents,
     LearnedKernelCritic,
     SampleGrid,
     mmd2_features,
 )
+from lightning_mmd.cli import main
 from lightning_mmd.commands.doctor import check_parity
+from lightning_mmd.commands.evaluate import score_classes
 from lightning_mmd.conditional import ClassGroupNorm
 from lightning_mmd.data import DigitsDataModule
 from lightning_mmd.kernel_objectives import deep_mmd2
@@ -202,3 +209,83 @@ def test_labels_that_do_not_suit_are_refused_before_the_first_step(tmp_path):
         quiet_trainer(tmp_path, max_steps=1).fit(
             make(None, num_classes=4), DigitsDataModule(batch_size=32, labels=True)
         )
+
+
+def test_each_class_is_scored_alone(as_trained):
+    """Digits as if they were generated, threes for eights and eights for threes."""
+    features = DigitsFeatures()
+    data = DigitsDataModule(labels=True)
+    data.setup()
+    train, _, test = data._splits
+    real = test.data, test.labels
+    others = train.data, train.labels
+    swap = torch.tensor([0, 1, 2, 8, 4, 5, 6, 7, 3, 9])  # threes for eights
+    asked = swap[real[1]]
+    found = score_classes(real, (real[0], asked), others, features, 100, 0)
+    right = features.classify(real[0]) == real[1]
+    assert found["classes"][5]["asked_for"] == right[real[1] == 5].double().mean()
+    assert found["asked_for"] == (features.classify(real[0]) == asked).double().mean()
+    metric = FeatureMetrics(features, neighbours=None, seed=0)
+    metric.update(real[0][real[1] == 8], real=True)
+    metric.update(real[0][asked == 8], real=False)
+    assert found["classes"][8]["kid"] == pytest.approx(float(metric.compute()["kid"]))
+    assert found["classes"][8]["kid"] > 5 * abs(found["classes"][5]["kid"])
+    assert abs(found["classes"][5]["floor"]) < found["classes"][8]["kid"]
+
+
+def test_evaluate_and_sample_by_class(as_trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model.latents=LabelledLatents", "--model.latents.dim=8"]
+    model += ["--model.latents.num_classes=10"]
+    critic = {
+        "class_path": "LearnedKernelCritic",
+        "init_args": {
+            "num_features": 16,
+            "features": {
+                "class_path": "ClassFeatures",
+                "init_args": {
+                    "num_features": 16,
+                    "num_classes": 10,
+                    "features": {
+                        "class_path": "ConvFeatures",
+                        "init_args": {"sample_shape": SHAPE, "num_features": 16},
+                    },
+                },
+            },
+        },
+    }
+    generator = {
+        "class_path": "ConvGenerator",
+        "init_args": {"sample_shape": SHAPE, "latent_dim": 8, "num_classes": 10},
+    }
+    main(
+        [
+            *("fit", "--seed_everything=0", *model, f"--model.critic={json.dumps(critic)}"),
+            *(f"--model.generator={json.dumps(generator)}", "--data=DigitsDataModule"),
+            *("--data.labels=true", "--data.batch_size=32", "--trainer.max_steps=2"),
+            *("--trainer.logger=false", "--trainer.enable_progress_bar=false"),
+            "--trainer.limit_val_batches=0",
+            '--trainer.callbacks=[{"class_path": "ModelCheckpoint", "init_args": '
+            '{"dirpath": "saved", "save_last": true, "every_n_train_steps": 2}}]',
+        ]
+    )
+    judged = ["--data=DigitsDataModule", "--features=DigitsFeatures", "--num=300"]
+    common = ["evaluate", "--ckpt_path=saved/last.ckpt", *judged, "--per_class=true"]
+    main([*common, "--data.labels=true", "--output=scores.json"])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert set(report["classes"]) == set("0123456789")
+    assert 0 <= report["asked_for"] < 0.5  # two updates draw no digits
+    assert "of the class asked for" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(common)
+    assert "Add --data.labels true" in capsys.readouterr().err
+
+    main(["sample", "--ckpt_path=saved/last.ckpt", "--labels=3,7", "--num=4", "--num_columns=1"])
+    model = MMDGAN.load_from_checkpoint("saved/last.ckpt")
+    z, _ = model.fixed_latents(4)
+    expected = SampleGrid(num_columns=1).draw(model.sample(4, z, labels=[3, 7, 3, 7]))
+    picture = torch.tensor(np.asarray(Image.open("samples.png").convert("RGB")))
+    assert torch.equal(picture, expected.permute(1, 2, 0))
+    with pytest.raises(SystemExit):
+        main(["sample", "--ckpt_path=saved/last.ckpt", "--labels=a"])
+    assert "whole numbers with commas between" in capsys.readouterr().err

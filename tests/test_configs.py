@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from PIL import Image
 
 from lightning_mmd import MMDGAN, ClassifierFeatures, LearnedKernelCritic, standard_rule
 from lightning_mmd.cli import main
@@ -68,7 +69,13 @@ def test_config_trains(name, made_data, made_cifar10, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.fast_dev_run=1"]
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    if "root" in config["data"]["init_args"]:
+    if name == "images":
+        arguments += ["--data.init_args.root=pictures", "--data.init_args.cache_dir=cache"]
+        arguments += ["--data.init_args.image_size=16"]
+        (tmp_path / "pictures").mkdir()
+        for i in range(24):
+            Image.effect_noise((64, 80), 50).save(tmp_path / "pictures" / f"{i}.png")
+    elif "root" in config["data"]["init_args"]:
         arguments.append(f"--data.init_args.root={made_data}")
     main([*arguments, "--data.init_args.batch_size=16"])
 
@@ -91,10 +98,16 @@ def test_config_is_consistent(name):
     """What stands twice in a flat file stands there with one value."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     model, trainer = config["model"], config["trainer"]
-    assert model["generator"]["init_args"]["latent_dim"] == model["latents"]
+    latents, generator = model["latents"], model["generator"]["init_args"]
+    dim = latents["init_args"]["dim"] if isinstance(latents, dict) else latents
+    assert generator["latent_dim"] == dim
     critic = model["critic"]["init_args"]
     features = critic["features"].get("init_args", {})
     assert features.get("num_features", critic["num_features"]) == critic["num_features"]
+    if isinstance(latents, dict):
+        classes = latents["init_args"]["num_classes"]
+        assert generator["num_classes"] == features["num_classes"] == classes
+        assert config["data"]["init_args"]["labels"]
     if "generator_scheduler" in model:
         assert model["generator_scheduler"]["init_args"]["total_iters"] == trainer["max_steps"]
     intervals = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}

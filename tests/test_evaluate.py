@@ -16,10 +16,10 @@ from lightning_mmd import (
     ImageClassifier,
     InceptionFeatures,
     MaximumMeanDiscrepancy,
+    PixelKernel,
     TorchvisionFeatures,
 )
 from lightning_mmd.cli import main
-from lightning_mmd.commands.evaluate import pixel_kernel
 from lightning_mmd.data import DigitsDataModule
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.yaml")
@@ -97,7 +97,7 @@ def test_scores_are_those_of_the_samples(folder, capsys):
     model = MMDGAN.load_from_checkpoint(checkpoint, weights_only=True)
     fake = model.sample(300, model.fixed_latents(300, 0))
     metrics = FeatureMetrics(ClassifierFeatures(folder / "judge.ckpt"))
-    plain = MaximumMeanDiscrepancy(pixel_kernel(real))
+    plain = MaximumMeanDiscrepancy(PixelKernel())
     for metric in (metrics, plain):
         metric.update(real, real=True)
         metric.update(fake, real=False)

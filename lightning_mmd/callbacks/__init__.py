@@ -1,5 +1,6 @@
 """Callbacks for Lightning's Trainer, one a file."""
 
+from lightning_mmd.callbacks.augment import DiffAugment
 from lightning_mmd.callbacks.bandwidth import BandwidthSchedule
 from lightning_mmd.callbacks.convergence import ConvergenceMonitor
 from lightning_mmd.callbacks.divergence import OnDivergence
@@ -12,6 +13,7 @@ from lightning_mmd.callbacks.penalty import ParametricGradientPenalty
 from lightning_mmd.callbacks.progress import GeneratorProgressBar
 from lightning_mmd.callbacks.proximal import ProximalPoint
 from lightning_mmd.callbacks.quality import SampleQuality
+from lightning_mmd.callbacks.rehearsal import Rehearsal
 from lightning_mmd.callbacks.relative_test import RelativeTestLR
 from lightning_mmd.callbacks.samples import SampleGrid
 from lightning_mmd.callbacks.tracking import MMDTracker
@@ -19,6 +21,7 @@ from lightning_mmd.callbacks.tracking import MMDTracker
 __all__ = [
     "BandwidthSchedule",
     "ConvergenceMonitor",
+    "DiffAugment",
     "GeneratorEMA",
     "GeneratorProgressBar",
     "GracefulStop",
@@ -29,6 +32,7 @@ __all__ = [
     "OnDivergence",
     "ParametricGradientPenalty",
     "ProximalPoint",
+    "Rehearsal",
     "RelativeTestLR",
     "SampleGrid",
     "SampleQuality",

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mmd.callbacks.calls import first_tensor, replace_tensor
 from lightning_mmd.callbacks.noise import ScheduledNoise
@@ -62,7 +62,8 @@ class InstanceNoise(ScheduledNoise):
         if isinstance(pl_module, MMDGAN):
             reason = pl_module.rule.needs_equal_calls(pl_module.micro_batches)
             if reason is not None:
-                raise ValueError(f"InstanceNoise changes each call of the critic, but {reason}.")
+                name = type(self).__name__
+                raise ValueError(f"{name} changes each call of the critic, but {reason}.")
         return [critic.register_forward_pre_hook(self._before_critic, with_kwargs=True)]
 
     def _before_critic(
@@ -76,5 +77,8 @@ class InstanceNoise(ScheduledNoise):
         self._level = self._scheduled_level()
         if self._level == 0:
             return None
-        x = place.tensor
-        return replace_tensor(args, kwargs, place, x + self._level * self._draw(x))
+        return replace_tensor(args, kwargs, place, self._changed(place.tensor))
+
+    def _changed(self, x: Tensor) -> Tensor:
+        """Return what the critic sees in place of samples."""
+        return x + self._level * self._draw(x)

@@ -133,14 +133,17 @@ class ScheduledNoise(Clocked, ABC):
         return self.schedule.level(self.updates)
 
     def _draw(self, x: Tensor) -> Tensor:
-        """Draw u ~ N(0, I), a function of seed, rank, update and the number of the draw in it."""
+        """Draw u ~ N(0, I) from :meth:`_next_source`."""
+        return torch.randn(x.shape, generator=self._next_source(), dtype=x.dtype).to(x.device)
+
+    def _next_source(self) -> torch.Generator:
+        """Return random numbers that depend on seed, rank, update and the number of the draw."""
         if self._drawn_at != self.updates:
             self._drawn_at, self._draws = self.updates, 0
         counters = (self.seed, self._rank, self.updates, self._draws)
         self._draws += 1
         self._noise_seen = True
-        rng = torch.Generator().manual_seed(counter_seed(*counters))
-        return torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+        return torch.Generator().manual_seed(counter_seed(*counters))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log.send(trainer, self.updates, last=True)

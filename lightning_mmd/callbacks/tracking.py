@@ -9,6 +9,7 @@ from lightning_mmd.batches import BatchParts
 from lightning_mmd.callbacks.held_out import HeldOutTracker
 from lightning_mmd.kernels import Kernel
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
+from lightning_mmd.pixel_kernel import PixelKernel
 
 __all__ = ["MMDTracker"]
 
@@ -33,7 +34,8 @@ class MMDTracker(HeldOutTracker):
     is the image.
 
     Args:
-        kernel: Kernel on flattened images, or on embeddings where `features` is given.
+        kernel: Kernel on flattened images, or on embeddings where `features` is given. Default:
+            `PixelKernel`, for images of any size.
         every_n_steps: Generator updates between measurements, at least 1.
         num_real: Held-out images, at least 2. Where the validation data has fewer, all of them.
         num_fake: Samples at each measurement, at least 2.
@@ -72,7 +74,7 @@ class MMDTracker(HeldOutTracker):
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: Kernel | None = None,
         every_n_steps: int = 100,
         num_real: int = 2000,
         num_fake: int = 2000,
@@ -89,7 +91,10 @@ class MMDTracker(HeldOutTracker):
     ) -> None:
         super().__init__(
             MaximumMeanDiscrepancy(
-                kernel, features=features, unbiased=unbiased, reset_real_samples=False
+                kernel or PixelKernel(),
+                features=features,
+                unbiased=unbiased,
+                reset_real_samples=False,
             ),
             every_n_steps,
             num_real,

@@ -1,7 +1,6 @@
 """Score a checkpoint against held-out data: FID, KID, precision, recall and MMD^2."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +12,12 @@ from torchmetrics import Metric
 from lightning_mmd.commands.models import load_either
 from lightning_mmd.data import SampleDataModule
 from lightning_mmd.feature_metrics import FeatureMetrics
-from lightning_mmd.kernels import Kernel, RationalQuadratic, SumKernel
 from lightning_mmd.latents import as_inputs, select
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.pixel_kernel import PixelKernel
 
-__all__ = ["evaluate", "pixel_kernel", "score"]
+__all__ = ["evaluate", "score", "score_classes"]
 
 _ORDER = ("fid", "kid", "kid_std", "precision", "recall", "mmd2")
 
@@ -33,6 +32,7 @@ def evaluate(
     output: Path | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    per_class: bool = False,
     trust: str | list[str] | None = None,
 ) -> dict[str, Any]:
     """Score samples of a checkpoint against held-out data; beside each score, that of real data.
@@ -51,6 +51,9 @@ def evaluate(
         output: A JSON file of everything that is printed.
         batch_size: Samples at a time, >= 1.
         seed: Of the latents and of KID's subsets.
+        per_class: Whether to score each class alone too, by KID; and, where the features are a
+            classifier's, how many samples it puts in the class that was asked for. The generator
+            must take labels, and the data serve them (``--data.labels true``).
         trust: Modules of your own that the checkpoint's networks come from.
 
     Returns:
@@ -73,6 +76,15 @@ def evaluate(
             f"{tuple(held_out.shape[1:])}. Give --data what the model was trained on."
         )
     scores, floors = score(held_out, (samples, training), features, batch_size, seed)
+    classes = {}
+    if per_class:
+        if not data.labels:
+            raise ValueError("--per_class needs labels of the data. Add --data.labels true.")
+        loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
+        known = _take(loaders, num, 1), _take(data.train_dataloader(), len(training), 1)
+        asked = _asked(model, len(samples), seed)
+        sides = (held_out, known[0]), (samples, asked), (training, known[1])
+        classes = score_classes(*sides, features, batch_size, seed)
     report = {
         "checkpoint": str(pretrained if ckpt_path is None else ckpt_path),
         "data": type(data).__name__,
@@ -84,6 +96,7 @@ def evaluate(
         "averaged": model.averaged_generator is not None,
         "scores": scores,
         "floors": floors,
+        **classes,
     }
     print(table(report))
     if output is not None:
@@ -108,7 +121,7 @@ def score(
         The scores of each side, by name.
     """
     embedded = FeatureMetrics(features, seed=seed, reset_real_samples=False)
-    plain = MaximumMeanDiscrepancy(pixel_kernel(real), reset_real_samples=False)
+    plain = MaximumMeanDiscrepancy(PixelKernel(), reset_real_samples=False)
     metrics = embedded, plain
     _update(metrics, real, batch_size, real=True)
     found = []
@@ -121,16 +134,62 @@ def score(
     return found
 
 
+Labelled = tuple[Tensor, Tensor]
+
+
+def score_classes(
+    real: Labelled,
+    fake: Labelled,
+    others: Labelled,
+    features: nn.Module,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Score each class alone.
+
+    Args:
+        real: Held-out samples (n, ...) and their classes (n,).
+        fake: Generated samples and the classes that were asked for.
+        others: Samples of the training data and their classes, for the floor.
+        features: Network from samples to features; its method ``classify``, where it has one,
+            tells the class of samples.
+        batch_size: Samples at a time.
+        seed: Of KID's subsets.
+
+    Returns:
+        ``classes``: of each class ``kid``, its ``floor`` and ``asked_for``, the share of its
+        samples that the classifier puts in it. ``asked_for``: that of all samples.
+    """
+    classify = getattr(features, "classify", None)
+    told = None
+    if classify is not None:
+        told = torch.cat([classify(part) for part in fake[0].split(batch_size)]) == fake[1]
+    found: dict[int, dict[str, float]] = {}
+    for label in real[1].unique().tolist():
+        metric = FeatureMetrics(features, seed=seed, neighbours=None, reset_real_samples=False)
+        parts = [samples[classes == label] for samples, classes in (real, fake, others)]
+        if min(map(len, parts)) < 4:
+            raise ValueError(
+                f"class {label} has {len(parts[0])} held-out images, {len(parts[1])} samples and "
+                f"{len(parts[2])} training images: at least 4 of each are needed. Raise --num."
+            )
+        _update([metric], parts[0], batch_size, real=True)
+        values = []
+        for part in parts[1:]:
+            _update([metric], part, batch_size, real=False)
+            values.append(float(metric.compute()["kid"]))
+            metric.reset()
+        found[label] = {"kid": values[0], "floor": values[1]}
+        if told is not None:
+            found[label]["asked_for"] = float(told[fake[1] == label].double().mean())
+    total = {} if told is None else {"asked_for": float(told.double().mean())}
+    return {"classes": found, **total}
+
+
 def _update(metrics: Iterable[Metric], samples: Tensor, batch_size: int, real: bool) -> None:
     for part in samples.split(batch_size):
         for metric in metrics:
             metric.update(part, real=real)
-
-
-def pixel_kernel(samples: Tensor) -> Kernel:
-    """Return the sum of rational quadratic kernels of width sqrt(d) on samples of d numbers."""
-    width = math.sqrt(samples[0].numel())
-    return SumKernel([RationalQuadratic(a, bandwidth=width) for a in (0.2, 0.5, 1.0, 2.0, 5.0)])
 
 
 def table(report: dict[str, Any]) -> str:
@@ -145,17 +204,34 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{name:10}{value:12.4g}{report['floors'][name]:14.4g}")
     if "fid" not in report["scores"]:
         lines.append("no FID: it needs 2000 images on each side")
+    if "classes" in report:
+        lines.append(f"{'class':10}{'kid':>12}{'real images':>14}{'as asked':>11}")
+    for label, row in report.get("classes", {}).items():
+        share = f"{row['asked_for']:11.1%}" if "asked_for" in row else ""
+        lines.append(f"{label!s:10}{row['kid']:12.4g}{row['floor']:14.4g}{share}")
+    if "asked_for" in report:
+        lines.append(f"{report['asked_for']:.1%} of the samples are of the class asked for")
     return "\n".join(lines)
 
 
-def _take(batches: Iterable[Any], num: int) -> Tensor:
-    """Return the first samples of a loader, without their labels."""
+def _take(batches: Iterable[Any], num: int, part: int = 0) -> Tensor:
+    """Return the first samples of a loader, or with ``part`` 1 their labels."""
     parts: list[Tensor] = []
     for batch in batches:
-        parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        parts.append(batch[part] if isinstance(batch, (tuple, list)) else batch)
         if sum(map(len, parts)) >= num:
             break
     return torch.cat(parts)[:num]
+
+
+def _asked(model: MMDGAN, num: int, seed: int) -> Tensor:
+    latents = as_inputs(model.fixed_latents(num, seed))
+    if len(latents) != 2:
+        raise ValueError(
+            "--per_class needs a generator that takes labels; this one takes latents alone. Train "
+            "one: lightning-mmd fit --config mnist_conditional."
+        )
+    return latents[1].cpu()
 
 
 def _samples(model: MMDGAN, num: int, batch_size: int, seed: int) -> Iterator[Tensor]:

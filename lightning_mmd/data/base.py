@@ -98,6 +98,11 @@ class SampleDataModule(LightningDataModule, ABC):
                 )
         self._splits = splits
 
+    @property
+    def num_train(self) -> int:
+        """Number of training samples, once `setup` has run."""
+        return len(self._split(0))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled, full training batches.
 
