@@ -101,7 +101,7 @@ print("between real digits:     ", round(tracker.floor, 4))
 # the penalty is a callback that is told the names of its two networks. Compare the two MMD^2.
 
 # %%
-from drop_in import train  # noqa: E402
+from drop_in import train
 
 penalty = ParametricGradientPenalty(
     alpha=10, generator="generator", critic="discriminator", critic_values=torch.logit

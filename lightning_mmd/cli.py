@@ -76,6 +76,7 @@ _NOISE = (  # warnings that say nothing to a user of this command
     ".*ModelCheckpoint with manual optimization.*",
     ".*isinstance.treespec, LeafSpec.*",
     "LightningCLI's args parameter.*",
+    "Checkpoint directory .* exists and is not empty.*",  # so does one of the same W&B run
     "The dirpath has changed from.*",  # a resumed run has a folder of its own
 )
 

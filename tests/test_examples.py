@@ -312,3 +312,52 @@ def test_a_students_noise_has_the_moments_of_noise_on_all_weights():
     error = (2 / num) ** 0.5 * torch.outer(scale, scale)
     assert float(((moments - expected) / error).abs().max()) < 5
     assert float((b.mean(0) / scale).abs().max()) < 5 / num**0.5
+
+
+# What a reader runs first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_rates_are_searched_by_optuna(capsys):
+    optuna = pytest.importorskip("optuna")
+    example = load(ROOT / "examples/tune_rates.py")
+    told = []
+
+    def report(trial, value, step):
+        told.append((trial.number, step, value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "report", report)
+        patch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
+        study = example.main(trials=2, updates=100)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert [entry[:2] for entry in told] == [(0, 100), (1, 100)]
+    assert study.best_value == told[0][2]
+    assert study.trials[0].params != study.trials[1].params
+    assert "1 of 2 trials ran to the end" in capsys.readouterr().out
+
+
+def test_the_notebook_and_its_twin_hold_the_same_cells():
+    jupytext = pytest.importorskip("jupytext")
+    twin = jupytext.read(ROOT / "examples/quickstart.py")
+    notebook = jupytext.read(ROOT / "examples/quickstart.ipynb")
+    cells = [[(cell.cell_type, cell.source) for cell in n.cells] for n in (twin, notebook)]
+    assert cells[0] == cells[1]
+    assert all(c.outputs for c in notebook.cells if c.cell_type == "code" and "show(" in c.source)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """Its cells, with 30 updates in place of 600; each prints or draws what its text announces."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    source = (ROOT / "examples/quickstart.py").read_text()
+    assert "\nSTEPS = 600\n" in source
+    names = {"__name__": "quickstart"}
+    exec(compile(source.replace("STEPS = 600", "STEPS = 30"), "quickstart.py", "exec"), names)
+    assert names["tracker"].history[-1]["mmd2"] < names["tracker"].history[0]["mmd2"]
+    ratios = [float(row["certificate/ratio"]) for row in names["rows"]]
+    assert ratios
+    assert 0.3 < ratios[-1] < 1.1

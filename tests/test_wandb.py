@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import WandbLogger
+from tiny import quiet_trainer
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_mmd import MMDGAN, ClassFeatures, LabelledLatents, LearnedKernelCritic, SampleGrid
 from lightning_mmd.cli import main
+from lightning_mmd.networks import ConvFeatures, ConvGenerator
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -100,3 +105,67 @@ def test_two_runs_and_what_the_first_one_holds(tmp_path):
     ]
     logged = [row for row in rows if set(row) - {"_step", "_runtime", "_timestamp"}]
     assert all("trainer/global_step" in row for row in logged)  # one axis
+
+
+def rows_of_tables(folder):
+    """Return the rows of the tables that an offline run keeps in its folder, in their order."""
+    files = sorted(folder.rglob("*samples_table*.table.json"), key=lambda p: p.stat().st_mtime_ns)
+    return [row for file in files for row in json.loads(file.read_text())["data"]]
+
+
+def test_samples_are_rows_of_a_table_by_update(tmp_path):
+    name = fit(
+        "--trainer.max_steps=10",
+        '--trainer.callbacks=[{"class_path": "SampleGrid", '
+        '"init_args": {"every_n_steps": 5, "num_samples": 4}}]',
+    )
+    (folder,) = tmp_path.glob(f"runs/wandb/offline-run-*{name}")
+    rows = rows_of_tables(folder)
+    assert [(update, kind) for update, kind, _ in rows] == [(0, ""), (5, ""), (10, "")]
+    (file,) = folder.glob("*.wandb")
+    kept = [r.artifact for r in read(file) if r.WhichOneof("record_type") == "artifact"]
+    tables = [a for a in kept if a.name.endswith("samples_table")]
+    assert len(tables) == 3
+    pictures = {c.path for a in tables for c in a.manifest.contents if c.path.endswith(".png")}
+    assert len(pictures) == 3  # a picture a row, and each another one
+
+
+def test_with_labels_each_class_has_a_row(tmp_path):
+    model = MMDGAN(
+        ConvGenerator((1, 8, 8), 4, (8,), num_classes=3),
+        LearnedKernelCritic(ClassFeatures(ConvFeatures((1, 8, 8), 8, (8,)), 8, 3), 8),
+        latents=LabelledLatents(4, 3),
+    )
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    grid = SampleGrid(every_n_steps=2, num_samples=6, num_columns=2)
+    trainer = quiet_trainer(tmp_path, max_steps=2, logger=logger, callbacks=[grid])
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
+    pairs = DataLoader(TensorDataset(images, labels), batch_size=8)
+    trainer.fit(model, pairs)
+    logger.experiment.finish()
+    rows = rows_of_tables(tmp_path)
+    assert [row[:2] for row in rows] == [[step, str(c)] for step in (0, 2) for c in range(3)]
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    """The second training goes on in the run of the first: one id, one axis, none twice."""
+    options = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+    options += ["--trainer.callbacks.save_last=true"]
+    first = fit(*options)
+    (last,) = tmp_path.glob("runs/**/last.ckpt")
+    again = fit(
+        *options,
+        f"--trainer.logger.init_args.id={first}",
+        "--trainer.logger.init_args.resume=allow",
+        f"--ckpt_path={last}",
+        "--trainer.max_steps=4",
+    )
+    assert again == first
+    steps = []
+    for file in sorted(tmp_path.glob(f"runs/wandb/offline-run-*{first}/*.wandb")):
+        for record in read(file):
+            if record.WhichOneof("record_type") == "history":
+                row = {(i.key or "/".join(i.nested_key)): i.value_json for i in record.history.item}
+                if "critic_step" in row:
+                    steps.append(json.loads(row["trainer/global_step"]))
+    assert steps == [1, 2, 3, 4]

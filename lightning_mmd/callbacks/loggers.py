@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_mmd.callbacks.foreign import is_a
 
-__all__ = ["Log", "describe", "send_picture", "send_scalars"]
+__all__ = ["Log", "attempt", "describe", "send_picture", "send_scalars"]
 
 _told: WeakSet[Logger] = WeakSet()  # which take no pictures
 
@@ -31,7 +31,7 @@ def send_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None
         step: Generator updates so far.
     """
     for logger in trainer.loggers:
-        _try(logger, lambda logger: logger.log_metrics(scalars, step=step))
+        attempt(logger, lambda logger: logger.log_metrics(scalars, step=step))
 
 
 def send_picture(trainer: Trainer, name: str, picture: Tensor, path: Path, step: int) -> None:
@@ -48,7 +48,7 @@ def send_picture(trainer: Trainer, name: str, picture: Tensor, path: Path, step:
         step: Generator updates so far.
     """
     for logger in trainer.loggers:
-        _try(logger, lambda logger: _send_picture(logger, name, picture, path, step))
+        attempt(logger, lambda logger: _send_picture(logger, name, picture, path, step))
 
 
 def _send_picture(logger: Logger, name: str, picture: Tensor, path: Path, step: int) -> None:
@@ -77,7 +77,7 @@ def describe(trainer: Trainer, name: str, facts: dict[str, Any]) -> None:
         facts: Plain values by name.
     """
     for logger in trainer.loggers:
-        _try(logger, lambda logger: _describe(logger, name, facts))
+        attempt(logger, lambda logger: _describe(logger, name, facts))
 
 
 def _describe(logger: Logger, name: str, facts: dict[str, Any]) -> None:
@@ -91,7 +91,13 @@ def _describe(logger: Logger, name: str, facts: dict[str, Any]) -> None:
 _failed: WeakSet[Logger] = WeakSet()
 
 
-def _try(logger: Logger, send: Callable[[Logger], None]) -> None:
+def attempt(logger: Logger, send: Callable[[Logger], None]) -> None:
+    """Hand something to a logger; where that fails, say so once and go on.
+
+    Args:
+        logger: The logger.
+        send: What hands it over.
+    """
     try:
         send(logger)
     except Exception as error:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_mmd.callbacks.cadence import GeneratorCadence, Sampling
 from lightning_mmd.callbacks.loggers import send_picture
+from lightning_mmd.callbacks.sample_table import send_rows
 from lightning_mmd.data import import_torchvision
 from lightning_mmd.internals import is_fast_dev_run
 from lightning_mmd.latents import with_labels
@@ -113,17 +114,24 @@ class SampleGrid(GeneratorCadence):
 
     def _draw_and_save(self, trainer: Trainer, model: Sampling) -> None:
         latents = model.fixed_latents(self.num_samples, self.seed)
+        classes: list[int] = []
         if model.num_classes is not None:
-            classes = range(model.num_classes)
-            rows = [row_class(i, self.num_columns, classes) for i in range(self.num_samples)]
-            latents = with_labels(latents, rows)
-        picture = self.draw(model.sample(latents))
+            every = range(model.num_classes)
+            classes = [row_class(i, self.num_columns, every) for i in range(self.num_samples)]
+            latents = with_labels(latents, classes)
+        samples = model.sample(latents)
+        picture = self.draw(samples)
         if is_fast_dev_run(trainer):
             return
         directory = run_directory(trainer) / self.name if self.dirpath is None else self.dirpath
         self.last_path = Path(directory) / f"step={self.updates:06d}.png"
         self.save(picture, self.last_path)
         send_picture(trainer, self.name, picture, self.last_path, self.updates)
+        rows = [(None, picture)]
+        if classes:
+            told = torch.tensor(classes, device=samples.device)
+            rows = [(c, self.draw(samples[told == c])) for c in sorted(set(classes))]
+        send_rows(trainer, self.name, rows, self.updates)
 
     def draw(self, samples: Tensor) -> Tensor:
         """Return the picture of some samples.
