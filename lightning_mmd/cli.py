@@ -84,8 +84,11 @@ _NOISE = (  # warnings that say nothing to a user of this command
 class Parser(LightningArgumentParser):
     """A parser whose help does not list hundreds of classes."""
 
+    everything = False
+    """Whether its help shows all of Lightning's Trainer."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=short_help(), **kwargs)
+        super().__init__(*args, formatter_class=short_help(self.everything), **kwargs)
 
 
 def _rules_afresh(arguments: list[str]) -> list[str]:
@@ -327,6 +330,9 @@ def run(args: ArgsType = None) -> None:
     if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
         return
+    Parser.everything = isinstance(args, list) and "--trainer.help" in args
+    if isinstance(args, list):
+        args = ["--help" if argument == "--trainer.help" else argument for argument in args]
     MMDCLI(
         MMDGAN,
         LightningDataModule,
@@ -374,7 +380,7 @@ def main(args: ArgsType = None) -> None:
     except _EXPECTED as error:
         if os.environ.get("LIGHTNING_MMD_TRACEBACK"):
             raise
-        _leave(mask(explain(error)), 2)
+        _leave(mask(explain(error, [*MMDCLI.subcommands(), *COMMANDS])), 2)
 
 
 _EXPECTED = (ArgumentError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)

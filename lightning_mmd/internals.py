@@ -168,16 +168,46 @@ def _imports(module: Any) -> bool:
     return callable(vars(module).get("import_object"))
 
 
-def short_help() -> type[DefaultHelpFormatter]:
-    """Return a help formatter that refers to ``--NAME.help CLASS`` in place of long lists."""
+def short_help(everything: bool = False) -> type[DefaultHelpFormatter]:
+    """Return a help formatter of a few screens.
+
+    It leaves out long lists of classes, of which ``--NAME.help CLASS`` tells, and of Lightning's
+    Trainer what is rarely changed, which ``--trainer.help`` shows.
+
+    Args:
+        everything: Whether to show that too.
+    """
     if not hasattr(DefaultHelpFormatter, "_get_help_string"):  # then help is merely long
         return DefaultHelpFormatter
 
     class ShortHelp(DefaultHelpFormatter):
+        def __init__(self, prog: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(prog, *args, **{"max_help_position": 30, "width": 100} | kwargs)
+
+        def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+            if usage is None and sum(len(a.option_strings) > 0 for a in actions) > _MOST_IN_USAGE:
+                subcommand = [a for a in actions if not a.option_strings]
+                usage = "%(prog)s [options] fit|validate|test ..." if subcommand else None
+                usage = usage or "%(prog)s --config NAME_OR_FILE [--NAME VALUE ...]"
+            super().add_usage(usage, actions, groups, prefix)
+
+        def add_argument(self, action: Any) -> None:
+            name = action.dest.split(".")
+            is_help = action.dest.endswith(".help") or name[-1].endswith("help")
+            rare = name[0] == "trainer" and len(name) > 1 and name[1] not in _USUAL
+            if not everything and action.dest not in ("help",) and (is_help or rare):
+                return
+            super().add_argument(action)
+
+        def start_section(self, heading: Any) -> None:
+            words = str(heading).split(" ")
+            super().start_section(_HEADINGS.get(" ".join(words[:2]), heading))
+
         def _get_help_string(self, action: Any) -> str:
             text = super()._get_help_string(action)
             if not text:
                 return text
+            text = _TEXTS.get(action.dest, text) if not everything else text
             start, mark, known = text.partition(", known subclasses: ")
             if not mark or len(known) <= _LONGEST_LIST:
                 return text
@@ -186,7 +216,22 @@ def short_help() -> type[DefaultHelpFormatter]:
     return ShortHelp
 
 
-_LONGEST_LIST = 1000  # characters: what is longer lists all modules of torch
+_LONGEST_LIST = 300  # characters: what is longer lists all modules of torch, or all strategies
+_MOST_IN_USAGE = 12  # options: with more the usage is no help
+_USUAL = (
+    "accelerator", "callbacks", "default_root_dir", "devices", "fast_dev_run", "log_every_n_steps",
+    "logger", "max_steps", "max_time", "precision", "strategy", "val_check_interval",
+)  # fmt: skip
+_HEADINGS = {
+    "Customize every": "Lightning's Trainer (all of it: lightning-mmd fit --trainer.help)",
+    "A generator": "Model (of a class CLASS: --model.rule.help CLASS, --model.critic.help CLASS)",
+    "A DataModule": "Data (of a class CLASS: --data.help CLASS)",
+    "Runs the": "Resume",
+}
+_TEXTS = {
+    "ckpt_path": "Checkpoint to go on from; 'last' is the newest of this configuration's runs.",
+    "weights_only": "False reads a checkpoint as a pickle, which may run any code; default: True.",
+}
 
 
 def _no_op(*_: Any) -> None:

@@ -56,7 +56,9 @@ def test_a_misspelt_name_names_its_neighbour(tmp_path, monkeypatch, capsys):
 def test_configs_lists_and_copies_and_never_overwrites(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["configs"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names()
+    assert last == "to copy only: sweeps/digits"
     main(["configs", "--copy", "mnist"])
     assert Path("mnist.yaml").read_bytes() == (CONFIGS / "mnist.yaml").read_bytes()
     Path("mnist.yaml").write_text("mine")
@@ -89,3 +91,42 @@ def test_version_is_that_of_the_package(capsys):
 
     main(["--version"])
     assert capsys.readouterr().out == f"lightning-mmd {version('lightning-mmd')}\n"
+
+
+def test_a_sweep_can_be_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    configs("sweeps/digits")
+    assert Path("digits.yaml").read_bytes() == (CONFIGS / "sweeps/digits.yaml").read_bytes()
+    assert "first lines" in capsys.readouterr().out
+
+
+def test_the_help_of_fit_is_a_few_screens_and_all_of_the_trainer_is_behind_a_request(capsys):
+    texts = []
+    for option in ("--help", "--trainer.help"):
+        with pytest.raises(SystemExit):
+            main(["fit", option])
+        texts.append(capsys.readouterr().out)
+    short, everything = texts
+    assert len(short.splitlines()) <= 200
+    for name in ("--trainer.max_steps", "--model.rule", "--data", "--ckpt_path", "--config"):
+        assert f"\n  {name}" in short or f", {name}" in short
+    assert "--trainer.limit_predict_batches" not in short
+    assert "--trainer.limit_predict_batches" in everything
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fti"], "there is no command 'fti'. Did you mean fit? They are: fit, validate, test, s"),
+        (["evalute"], "Did you mean evaluate"),
+        (["fit", "--trainer.max_stpes=3"], "Did you mean --trainer.max_steps"),
+        (["fit", "--model.criticsteps=3"], "Did you mean --model.critic_steps"),
+        (["fit", "--xyzzy=3"], "See lightning-mmd fit --help"),
+    ],
+)
+def test_misspelt_words_have_neighbours(arguments, message, capsys):
+    digits = ["--config=digits"] if arguments[0] == "fit" else []
+    with pytest.raises(SystemExit) as end:
+        main([arguments[0], *digits, *arguments[1:]])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

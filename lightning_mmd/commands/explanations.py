@@ -1,8 +1,10 @@
 """What an error of the command line says: the reason, where it is, and what to do."""
 
 import difflib
+import inspect
 import re
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
 
 __all__ = ["NAMED", "explain"]
@@ -33,7 +35,7 @@ _MEMORY = (
 )
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, commands: Sequence[str] = ()) -> str:
     """Return what a user should read of an error.
 
     A constructor's own words count for more than what a parser makes of them, and are found by
@@ -41,8 +43,11 @@ def explain(error: BaseException) -> str:
 
     Args:
         error: What was raised.
+        commands: All subcommands.
     """
     text = str(error).strip()
+    if misspelt := _of_a_misspelt_word(text, commands):
+        return misspelt
     if _is_about_memory(error):
         text = text.splitlines()[0] if text else "no memory is left"
         return f"out of memory: {text.rstrip('.')}. {_MEMORY}"
@@ -64,6 +69,33 @@ def explain(error: BaseException) -> str:
         return f"{named[1]}: {reason}. See --{key[1]}.help {named[1]}".replace("..", ".")
     worker = _of_a_worker(text)
     return worker or text
+
+
+def _of_a_misspelt_word(text: str, commands: Sequence[str]) -> str | None:
+    """Name the neighbours of a subcommand or an option that there is none of."""
+    command = re.search(r"argument subcommand: invalid choice: '([^']*)'", text)
+    if command is not None:
+        close = difflib.get_close_matches(command[1], commands, n=2)
+        meant = f"Did you mean {' or '.join(close)}? " if close else ""
+        return f"there is no command {command[1]!r}. {meant}They are: {', '.join(commands)}."
+    option = re.match(r"unrecognized arguments: --([\w.]+)", text, re.IGNORECASE)
+    if option is None:
+        return None
+    close = difflib.get_close_matches(option[1], _options(), n=2, cutoff=0.7)
+    meant = " or ".join(f"--{name}" for name in close)
+    return f"{text}. " + (f"Did you mean {meant}?" if close else "See lightning-mmd fit --help.")
+
+
+def _options() -> list[str]:
+    """List the options of fit that belong to no class of a user's choice."""
+    from lightning.pytorch import Trainer
+
+    from lightning_mmd.module import MMDGAN
+
+    found = ["config", "seed_everything", "ckpt_path", "print_config", "trainer", "model", "data"]
+    for group, kind in (("trainer", Trainer), ("model", MMDGAN)):
+        found += [f"{group}.{name}" for name in inspect.signature(kind).parameters]
+    return found
 
 
 def _is_about_memory(error: BaseException) -> bool:

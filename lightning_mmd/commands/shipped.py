@@ -88,10 +88,14 @@ def configs(copy: str | None = None) -> None:
         for name in names():
             line = find(name).read_text(encoding="utf-8").splitlines()[0]
             print(f"{name:<24}{line.lstrip('# ') if line.startswith('#') else ''}".rstrip())
+        sweeps = sorted(path.stem for path in (_folder() / "sweeps").glob("*.yaml"))
+        print(f"to copy only: {', '.join(f'sweeps/{name}' for name in sweeps)}")
         return
-    source = find(copy)
+    sweep = _folder() / f"{copy}.yaml"
+    source = sweep if copy.startswith("sweeps/") and sweep.is_file() else find(copy)
     target = Path(source.name)
     if target.exists():
         raise FileExistsError(f"{target} is here already. Move it, or copy from another folder.")
     target.write_bytes(source.read_bytes())
-    print(f"{target}: train with it by lightning-mmd fit --config {target}")
+    use = f"train with it by lightning-mmd fit --config {target}"
+    print(f"{target}: {'its first lines say how to use it' if source == sweep else use}")
