@@ -13,17 +13,22 @@ demo) what=base target=. ;;
 test) what=dev target=".[dev]" ;;
 faults) what=faults target=".[dev]" ;;
 docs) what=docs target=".[docs]" ;;
+build) what=build target="build twine" ;;
+test-lowest) what=lowest target=".[dev]" ;;
 *)
     echo "usage: ./do demo [options of lightning-mmd fit]    train on the bundled digits"
     echo "       ./do test [options of pytest]               run the tests"
     echo "       ./do faults [options of pytest]             kill, damage and deceive it: some minutes"
     echo "       ./do docs [options of mkdocs build]         build the documentation in site/"
+    echo "       ./do build                                  wheel and sdist in dist/, checked"
+    echo "       ./do test-lowest [options of pytest]        the tests with the lowest versions"
     if [ $# -eq 0 ]; then exit 0; else fail "unknown command '$1'"; fi
     ;;
 esac
 shift
 
 env=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+[ "$what" = lowest ] && env=$PWD/.venv-lowest # never into an environment that is used otherwise
 if [ -z "$env" ]; then
     env=$PWD/.venv
     if ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -47,7 +52,12 @@ suite=$what
 [ "$what" = faults ] && what=dev # the same environment
 if [ "$(cat "$stamp-$what" 2>/dev/null)" != "$state" ]; then
     echo "do: installing into $env; PyTorch is large, the first time takes minutes" >&2
-    PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --editable "$target"
+    export PIP_ROOT_USER_ACTION=ignore
+    case $what in
+    build) "$python" -m pip install --quiet $target ;;
+    lowest) "$python" -m pip install --quiet --editable "$target" --constraint tests/lowest.txt ;;
+    *) "$python" -m pip install --quiet --editable "$target" ;;
+    esac
     rm -f "$stamp-base" "$stamp-dev"
     for done in base $what; do echo "$state" >"$stamp-$done"; done
 fi
@@ -56,12 +66,17 @@ PATH=$env/bin:$PATH
 case $suite in
 base) exec "$env/bin/lightning-mmd" fit --config configs/digits.yaml "$@" ;;
 docs) exec "$python" -m mkdocs build --strict "$@" ;;
+build)
+    rm -rf build dist
+    "$python" -m build --outdir dist .
+    exec "$python" -m twine check --strict dist/*
+    ;;
 faults)
     set -- tests/test_faults.py tests/test_safety.py tests/test_checkpoints.py \
         tests/test_interruption.py tests/test_divergence.py tests/test_wrong_uses.py "$@"
     exec "$python" -m pytest -n 2 "$@"
     ;;
-dev)
+dev | lowest)
     case " $* " in # two processes of tests at a time, unless told otherwise
     *" -n"*) ;;
     *) set -- -n 2 "$@" ;;
