@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightning_mmd import MMDGAN, LearnedKernelCritic
 from lightning_mmd.cli import main, run
+from lightning_mmd.commands.layers import config_files, tell_of_replaced_callbacks
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -63,7 +64,16 @@ def test_fit_test_and_sample_take_a_checkpoint(checkpoint, tmp_path, capsys):
         ["test", "--config", str(CONFIGS / "digits_closed_form.yaml"), f"--ckpt_path={checkpoint}"]
     )
     assert "test/mmd2" in capsys.readouterr().out
-    main(["sample", f"--ckpt_path={checkpoint}", "--num=6", "--num_columns=3", "--output=a/b.png"])
+    main(
+        [
+            "sample",
+            f"--ckpt_path={checkpoint}",
+            "--num=6",
+            "--num_columns=3",
+            "--output=a/b.png",
+            "--scale=1",
+        ]
+    )
     with Image.open(tmp_path / "a/b.png") as image:
         assert image.size == (2 + 3 * 10, 2 + 2 * 10)
         assert len(image.convert("L").getcolors()) > 20
@@ -79,12 +89,12 @@ def test_fit_test_and_sample_take_a_checkpoint(checkpoint, tmp_path, capsys):
 
 
 def test_sample_uses_averaged_weights_when_the_checkpoint_has_them(checkpoint, tmp_path, capsys):
-    main(["sample", f"--ckpt_path={checkpoint}", "--num=4", "--output=live.png"])
+    main(["sample", f"--ckpt_path={checkpoint}", "--num=4", "--output=live.png", "--scale=1"])
     assert capsys.readouterr().out == "4 samples: live.png\n"
     fit("--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_life=2")
     (path,) = tmp_path.glob("runs/digits_closed_form/version_1/checkpoints/last.ckpt")
     capsys.readouterr()
-    main(["sample", f"--ckpt_path={path}", "--num=4", "--output=averaged.png"])
+    main(["sample", f"--ckpt_path={path}", "--num=4", "--output=averaged.png", "--scale=1"])
     assert capsys.readouterr().out == "4 samples (averaged weights): averaged.png\n"
     model = MMDGAN.load_from_checkpoint(path)
     z = model.fixed_latents(4)
@@ -273,7 +283,7 @@ def test_the_seed_is_the_models_too(tmp_path):
 def test_sample_draws_points_within_the_picture(tmp_path):
     fit("--trainer.max_steps=2", config="toy_gaussians.yaml")
     path = tmp_path / "runs/toy_gaussians/version_0/checkpoints/last.ckpt"
-    main(["sample", f"--ckpt_path={path}", "--num=500", "--output=toy.png"])
+    main(["sample", f"--ckpt_path={path}", "--num=500", "--output=toy.png", "--scale=1"])
     with Image.open(tmp_path / "toy.png") as image:
         pixels = torch.tensor(list(image.convert("L").tobytes())).reshape(128, 128)
     inner = pixels[2:-2, 2:-2]
@@ -319,3 +329,18 @@ def test_callbacks_and_their_schedules_go_by_bare_name(tmp_path):
     fit("--trainer.log_every_n_steps=1", config=tmp_path / "noise.yaml")
     (rows,) = tmp_path.glob("runs/digits_closed_form/version_0/metrics.csv")
     assert "noise/level" in rows.read_text().splitlines()[0]
+
+
+def test_callbacks_that_a_second_configuration_replaces_are_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(
+        "trainer: {callbacks: [{class_path: SampleGrid}, {class_path: GeneratorEMA}]}"
+    )
+    Path("b.yaml").write_text("trainer: {callbacks: [{class_path: GeneratorEMA}]}")
+    Path("c.yaml").write_text("trainer: {callbacks+: [{class_path: MMDTracker}]}")
+    arguments = ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml", "--seed", "1"]
+    assert config_files(arguments) == ["a.yaml", "b.yaml", "c.yaml"]
+    with pytest.warns(UserWarning, match=r"b.yaml replaces .* a.yaml: SampleGrid is gone. Write"):
+        tell_of_replaced_callbacks(["a.yaml", "b.yaml", "c.yaml"])
+    tell_of_replaced_callbacks(["a.yaml", "c.yaml"])  # a warning would be an error here
+    tell_of_replaced_callbacks(["b.yaml", "a.yaml", "nothing.yaml"])

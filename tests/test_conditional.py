@@ -280,7 +280,16 @@ def test_evaluate_and_sample_by_class(as_trained, tmp_path, monkeypatch, capsys)
         main(common)
     assert "Add --data.labels true" in capsys.readouterr().err
 
-    main(["sample", "--ckpt_path=saved/last.ckpt", "--labels=3,7", "--num=4", "--num_columns=1"])
+    main(
+        [
+            "sample",
+            "--ckpt_path=saved/last.ckpt",
+            "--labels=3,7",
+            "--num=4",
+            "--num_columns=1",
+            "--scale=1",
+        ]
+    )
     model = MMDGAN.load_from_checkpoint("saved/last.ckpt")
     z, _ = model.fixed_latents(4)
     expected = SampleGrid(num_columns=1).draw(model.sample(4, z, labels=[3, 7, 3, 7]))

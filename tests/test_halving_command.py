@@ -181,6 +181,8 @@ def test_steps_that_are_too_long_do_not_pass(in_a_folder_of_its_own, capsys):
     )
     assert result.verdict != "converged"
     assert min(result.distances) > 0.1
+    told = capsys.readouterr().out
+    assert "1 seed of 20 updates decide little: take at least 3 seeds and 100 updates" in told
 
 
 def test_callbacks_are_stretched_with_the_run(in_a_folder_of_its_own, monkeypatch):

@@ -209,6 +209,8 @@ def test_the_packages_own_weights_sample(name, tmp_path):
     run(["sample", "--pretrained", name, "--output", "out.png"])
     picture = torch.tensor(list(Image.open("out.png").convert("L").tobytes())).float()
     assert 20 < picture.std() < 120  # dark ground, bright strokes
+    with Image.open("out.png") as drawn:
+        assert 250 < drawn.width <= 500  # large enough to see
     values = MMDGAN.from_pretrained(name).sample(64)
     assert values.mean() < -0.2
     assert values.max() > 0.9
@@ -221,7 +223,16 @@ def test_sample_takes_one_of_checkpoint_and_weights():
 
 
 def test_a_folder_of_pictures_holds_those_of_the_grid():
-    run(["sample", "--pretrained=digits", "--num=4", "--num_columns=4", "--output=grid.png"])
+    run(
+        [
+            "sample",
+            "--pretrained=digits",
+            "--num=4",
+            "--num_columns=4",
+            "--output=grid.png",
+            "--scale=1",
+        ]
+    )
     run(["sample", "--pretrained=digits", "--num=4", "--output=each"])
     grid = Image.open("grid.png")
     for i, file in enumerate(sorted(Path("each").iterdir())):
@@ -250,7 +261,16 @@ def test_between_goes_along_great_circles():
 def test_interpolation_needs_whole_rows():
     with pytest.raises(ValueError, match="--num a multiple of it, got 8 and 12"):
         run(["sample", "--pretrained=digits", "--interpolate=true", "--num=12"])
-    run(["sample", "--pretrained=digits", "--interpolate=true", "--num=16", "--output=s.png"])
+    run(
+        [
+            "sample",
+            "--pretrained=digits",
+            "--interpolate=true",
+            "--num=16",
+            "--output=s.png",
+            "--scale=1",
+        ]
+    )
     with Image.open("s.png") as picture:
         assert picture.size == (8 * 10 + 2, 2 * 10 + 2)
 

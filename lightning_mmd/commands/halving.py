@@ -50,6 +50,7 @@ class _Stretchable(Protocol):
 
 _NUM_MEASUREMENTS = 20  # of a curve, where the configuration has fewer
 _LEAST_MEASUREMENTS = 6  # below these the verdict comes with a caveat
+_LEAST_SEEDS, _LEAST_UPDATES = 3, 100  # below these a verdict against a training does too
 _MEANING = {
     "converged": "converged dynamics: shorter steps draw the same curve.",
     "not yet": "not yet: the curves approach each other, but a step still matters. Halve the "
@@ -324,6 +325,13 @@ def _report(
         "mini-batches, 1 without a limit"
     )
     lines.append(f"verdict: {_MEANING[result.verdict]}")
+    first = max(row.step for row in table if row.halvings == 0)
+    if result.verdict != "converged" and (len(seeds) < _LEAST_SEEDS or first < _LEAST_UPDATES):
+        lines.append(
+            f"but {len(seeds)} seed{'s' if len(seeds) > 1 else ''} of {first} updates decide "
+            f"little: take at least {_LEAST_SEEDS} seeds and {_LEAST_UPDATES} updates before you "
+            "believe it"
+        )
     if len(times) < _LEAST_MEASUREMENTS:
         lines.append(
             f"but each curve has {len(times)} measurements only, too few to draw it: raise "

@@ -15,6 +15,7 @@ from lightning_mmd.module import MMDGAN
 __all__ = ["between", "sample"]
 
 _MOST_AT_ONCE = 500
+_WIDE = 500  # pixels of a picture that one can see
 
 
 def sample(
@@ -25,7 +26,7 @@ def sample(
     num_columns: int = 8,
     interpolate: bool = False,
     labels: list[int] | int | str | None = None,
-    scale: int = 1,
+    scale: int | None = None,
     value_range: tuple[float, float] | None = None,
     seed: int = 0,
     trust: list[str] | str | None = None,
@@ -42,7 +43,8 @@ def sample(
         interpolate: Let each row lead from one latent to another, in equal angles.
         labels: Classes to draw, for example 0,1,2: a row each, over and over. Default: as in
             training, at random.
-        scale: Enlarges every pixel to scale x scale.
+        scale: Enlarges every pixel to scale x scale. Default: as far as the picture stays within
+            500 pixels; a folder of files gets none.
         value_range: Pixel values drawn as black and white, by default (-1, 1); for points, the
             range of both axes, by default what holds them all.
         seed: Of the latents.
@@ -74,17 +76,24 @@ def sample(
         )
     samples = _draw(model, latents)
     grid = SampleGrid(
-        num_samples=num, num_columns=num_columns, scale=scale, value_range=value_range, seed=seed
+        num_samples=num,
+        num_columns=num_columns,
+        scale=scale or 1,
+        value_range=value_range,
+        seed=seed,
     )
     if output.suffix:
-        grid.save(grid.draw(samples), output)
+        picture = grid.draw(samples)
+        enlarged = 1 if scale else max(1, _WIDE // max(picture.shape[1:]))
+        picture = picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
+        grid.save(picture, output)
     else:
         if samples.ndim != 4:
             raise ValueError(
                 f"a folder gets a file an image, but these are samples of shape "
                 f"{tuple(samples.shape[1:])}. Give a .png file."
             )
-        alone = SampleGrid(num_columns=1, scale=scale, value_range=value_range)
+        alone = SampleGrid(num_columns=1, scale=scale or 1, value_range=value_range)
         for i, one in enumerate(samples):
             picture = alone.draw(one[None])  # one image alone gets no frame
             grid.save(picture, output / f"{i:06d}.png")
