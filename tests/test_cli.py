@@ -39,10 +39,11 @@ def checkpoint(tmp_path, capsys):
 
 def test_fit_ends_with_a_summary_of_files_that_exist(tmp_path, capsys):
     fit("--trainer.callbacks.every_n_train_steps=2")
-    first, samples, checkpoint = capsys.readouterr().out.strip().splitlines()[-3:]
+    first, samples, checkpoint, curves = capsys.readouterr().out.strip().splitlines()[-4:]
     assert "4 generator updates; MMD^2 1." in first
     assert "real against real" in first
-    for line, suffix in ((samples, "step=000004.png"), (checkpoint, "last.ckpt")):
+    files = ((samples, "step=000004.png"), (checkpoint, "last.ckpt"), (curves, "run.png"))
+    for line, suffix in files:
         path = Path(line.split(":")[1].strip())
         assert path.name.endswith(suffix)
         assert path.is_file()
@@ -204,7 +205,7 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
     assert "eta" not in text.split()
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "lightning-mmd sample" in capsys.readouterr().out
+    assert "lightning-mmd sample" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,24 @@ def test_class_features_make_the_projection_critic():
     torch.testing.assert_close(critic(x, y), h(x) @ w + (h(x) * v[y]).sum(1))
 
 
+def test_fixed_vectors_of_classes_have_the_kernel_one_plus_same_class_on_average():
+    """Over many draws of e: (1 + 1[y = y']) <h(x), h(x')>, up to four standard errors."""
+    h = MLPFeatures(2, 6)
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    grams = []
+    for _ in range(4000):
+        phi = ClassFeatures(h, 6, 2)(x, y).detach()
+        grams.append(phi @ phi.T)
+    grams = torch.stack(grams)
+    expected = (h(x) @ h(x).T).detach() * (1 + (y[:, None] == y).double())
+    error = grams.std(0) / len(grams) ** 0.5
+    assert ((grams.mean(0) - expected).abs() < 4 * error).all()
+    fixed, learned = ClassFeatures(h, 6, 2), ClassFeatures(h, 6, 2, learned=True)
+    assert "scale" in fixed.state_dict()
+    assert "scale" not in dict(fixed.named_parameters())
+    assert "scale" in dict(learned.named_parameters())
+
+
 def test_product_features_have_the_product_kernel():
     h, frequencies = MLPFeatures(2, 6), [0.5, 0.3, 0.2]
     features = ClassProductFeatures(h, 6, 3, frequencies)

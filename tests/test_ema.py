@@ -125,7 +125,10 @@ def test_a_checkpoint_holds_both_and_a_resumed_run_is_exact(unit, tmp_path):
     z = through.fixed_latents(4)
     assert torch.equal(second.sample(4, z), through.sample(4, z))
     loaded = MMDGAN.load_from_checkpoint(
-        tmp_path / "half.ckpt", generator=MLPGenerator(2, 3, (8,)), critic=model().critic
+        tmp_path / "half.ckpt",
+        generator=MLPGenerator(2, 3, (8,)),
+        critic=model().critic,
+        rule=first.rule,
     )
     assert torch.equal(loaded.sample(4, z), first.sample(4, z))
     assert torch.equal(flat(loaded.generator), flat(first.generator))

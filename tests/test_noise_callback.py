@@ -206,7 +206,7 @@ def test_in_closed_form_the_generator_follows_the_witness_at_noisy_samples():
     torch.testing.assert_close(one.of[1], other.of[1], rtol=0, atol=0)  # features' gradient
     assert torch.equal(model.critic.weights, clean.critic.weights)  # the witness is of clean ones
     gradient = expected_closed_form(one.networks, one.z, model.critic.weights.detach(), LEVEL)
-    gradient = torch.cat([g.flatten() for g in gradient])
+    gradient = model.rule._scale * torch.cat([g.flatten() for g in gradient])  # eta's unit
     torch.testing.assert_close(one.of[0][0], gradient, rtol=1e-9, atol=1e-12)
     assert (one.of[0][0] - other.of[0][0]).norm() > 0.05 * gradient.norm()
     assert not model._gradient_hooks  # put back

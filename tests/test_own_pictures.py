@@ -150,7 +150,7 @@ def test_the_critic_sees_changed_images_and_observers_do_not(tmp_path):
 
 def test_the_rehearsal_changes_nothing_and_counts_right(tmp_path, caplog):
     callback = Rehearsal(images=1000)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         rehearsed, _ = fit(tmp_path, 3, [DiffAugment(), callback])
     plain, _ = fit(tmp_path, 3, [DiffAugment()])
     assert same(rehearsed, plain)
