@@ -24,6 +24,11 @@ def offline_in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    wandb.teardown()  # a service that an earlier test began writes to that test's folder
+    yield
+    wandb.teardown()
 
 
 def fit(*args):
