@@ -39,7 +39,9 @@ class ClassGroupNorm(nn.Module):
 class ClassSequential(nn.Sequential):
     """Layers one after the other, of which `ClassGroupNorm` gets the labels too."""
 
-    def forward(self, input: Tensor, labels: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, labels: Tensor
+    ) -> Tensor:
         """Map samples and labels (n,) through all layers."""
         for layer in self:
             input = layer(input, labels) if isinstance(layer, ClassGroupNorm) else layer(input)

@@ -96,7 +96,7 @@ class Player:
     @property
     def is_gradient_descent(self) -> bool:
         """Whether a step is lr times the gradient and nothing else: plain SGD, no clipping."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         plain = type(optimizer) is torch.optim.SGD or self.moves_in_flow_time
         if not plain or self.clip_norm is not None:
             return False

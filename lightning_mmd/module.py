@@ -231,7 +231,9 @@ class MMDGAN(Pretrained):
             return generator(*inputs)
 
     @property
-    def averaged_generator(self) -> nn.Module | None:
+    def averaged_generator(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> nn.Module | None:
         """What ``sample`` uses in place of the generator: of `GeneratorEMA`, or a checkpoint."""
         return next(iter(self._averaged), None)
 

@@ -89,8 +89,9 @@ class Rehearsal(Callback):
             return tensor
 
         draw = model.fixed_latents
+        generator, critic = players
         games = (
-            Game(*players, real, draw, step=step, micro_batches=model.micro_batches)
+            Game(generator, critic, real, draw, step=step, micro_batches=model.micro_batches)
             for step in range(2)
         )
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

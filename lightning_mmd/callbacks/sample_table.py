@@ -38,7 +38,7 @@ def _send(logger: Any, name: str, rows: list[tuple[int | None, Tensor]], step: i
     run = cast(Any, logger).experiment
     tables = _tables.setdefault(run, {})
     if name not in tables:
-        columns = ["update", "class", "samples"]
+        columns: list[Any] = ["update", "class", "samples"]
         tables[name] = wandb.Table(columns=columns, log_mode="INCREMENTAL")
     for label, picture in rows:
         image = wandb.Image(picture.permute(1, 2, 0).numpy())

@@ -127,7 +127,7 @@ class SampleGrid(GeneratorCadence):
         self.last_path = Path(directory) / f"step={self.updates:06d}.png"
         self.save(picture, self.last_path)
         send_picture(trainer, self.name, picture, self.last_path, self.updates)
-        rows = [(None, picture)]
+        rows: list[tuple[int | None, Tensor]] = [(None, picture)]
         if classes:
             told = torch.tensor(classes, device=samples.device)
             rows = [(c, self.draw(samples[told == c])) for c in sorted(set(classes))]

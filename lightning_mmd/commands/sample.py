@@ -151,5 +151,5 @@ def _draw(model: MMDGAN, latents: tuple[Tensor, ...]) -> Tensor:
     parts = []
     for start in range(0, num, _MOST_AT_ONCE):
         part = select(latents, slice(start, start + _MOST_AT_ONCE))
-        parts.append(model.sample(len(part[0]), part if len(part) > 1 else part[0]))
+        parts.append(model.sample(len(part[0]), part))
     return torch.cat(parts)

@@ -1,6 +1,7 @@
 """TensorBoard's HParams view: hyperparameters beside the final scores."""
 
 import math
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,7 +31,9 @@ def send_final_scores(trainer: Trainer) -> None:
     scores = {f"final/{name}": v for name, v in found.items() if math.isfinite(v)}
     if scores and trainer.is_global_zero:
         for logger in _loggers(trainer):
-            logger.log_hyperparams(dict(logger.hparams), scores, step=trainer.global_step)
+            logger.log_hyperparams(
+                cast(dict[str, Any], logger.hparams), scores, step=trainer.global_step
+            )
 
 
 def _loggers(trainer: Trainer) -> list[TensorBoardLogger]:
