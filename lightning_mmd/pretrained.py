@@ -1,11 +1,12 @@
 """Weights that leave a training: a folder of safetensors, configuration and card, and the hub."""
 
+import inspect
 import io
 import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from lightning_mmd.finite import refuse_to_save
 from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 
-__all__ = ["Pretrained", "packaged"]
+__all__ = ["Pretrained", "packaged", "without_defaults"]
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _HOME = Path(__file__).parent / "weights"
@@ -220,7 +221,7 @@ class Pretrained(LightningModule):
             "stored_as": store_as or str(dtype).removeprefix("torch."),
             "rule": self._rule_as_given,
             **{name: getattr(self, name) for name in _COUNTERS},
-            "hyper_parameters": masked(_plain(self.hparams)),
+            "hyper_parameters": masked(without_defaults(_plain(self.hparams))),
         }
 
 
@@ -314,3 +315,27 @@ def _hub() -> Any:
             "pip install huggingface_hub"
         ) from error
     return huggingface_hub
+
+
+def without_defaults(config: Any) -> Any:
+    """Leave out arguments of torch's classes that are their defaults.
+
+    A later torch adds arguments, with defaults that an earlier one does not know: what is saved
+    with the one is then built by the other.
+
+    Args:
+        config: Plain data; classes are ``{"class_path": ..., "init_args": {...}}``.
+    """
+    if isinstance(config, list):
+        return [without_defaults(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {name: without_defaults(value) for name, value in config.items()}
+    path, arguments = kept.get("class_path"), kept.get("init_args")
+    if isinstance(path, str) and path.startswith("torch.") and isinstance(arguments, dict):
+        module, _, name = path.rpartition(".")
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+        usual = {n: p.default for n, p in parameters.items()}
+        usual = {n: list(d) if isinstance(d, tuple) else d for n, d in usual.items()}
+        kept["init_args"] = {n: v for n, v in arguments.items() if n not in usual or usual[n] != v}
+    return kept

@@ -21,7 +21,7 @@ from lightning_mmd.cli import BuiltCLI, run
 from lightning_mmd.commands.sample import between
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.passes import copy_network
-from lightning_mmd.pretrained import packaged
+from lightning_mmd.pretrained import packaged, without_defaults
 from lightning_mmd.safety import UntrustedError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -330,3 +330,19 @@ def test_a_generator_with_labels_is_exported_with_both_inputs(tmp_path):
     found = torch.export.load(tmp_path / "generator.pt2").module()(*inputs)
     torch.testing.assert_close(found, model.sample(6, inputs), atol=1e-6, rtol=0)
     assert not (tmp_path / "load.py").exists()
+
+
+def test_what_is_saved_leaves_out_defaults_that_another_torch_may_not_know():
+    adam = {"lr": 0.005, "betas": [0.0, 0.99], "eps": 1e-08, "decoupled_weight_decay": False}
+    config = {
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": adam},
+        "own": [{"class_path": "mynets.G", "init_args": {"width": 3}}],
+        "latents": 32,
+    }
+    found = without_defaults(config)
+    assert found["optimizer"]["init_args"] == {"lr": 0.005, "betas": [0.0, 0.99]}
+    assert (found["own"], found["latents"]) == (config["own"], 32)
+    for name in packaged():
+        home = Path(pretrained.__file__).parent / "weights" / name / "config.json"
+        saved = json.loads(home.read_text())["hyper_parameters"]
+        assert saved == without_defaults(saved)
