@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,3 +35,11 @@ def seed(request: pytest.FixtureRequest) -> int:
     number = request.config.getoption("--seed")
     torch.manual_seed(number)
     return number
+
+
+@pytest.fixture(autouse=True)
+def meeting_place() -> Iterator[None]:
+    """Forget the address at which a test's processes met: a test cut off leaves its port in use."""
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
