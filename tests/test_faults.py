@@ -51,8 +51,8 @@ def saved():
 def test_a_run_that_is_killed_goes_on_with_the_configuration_as_shipped(seed):
     """kill -9 at a random moment loses at most one interval of checkpoints, 2 updates."""
     process = start(*DIGITS, "--trainer.max_steps=100000")
-    deadline = time.monotonic() + 60
-    while not saved() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not any("step=" in path.name for path in saved()) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(random.Random(seed).uniform(0, 1))
     process.send_signal(signal.SIGKILL)
@@ -77,7 +77,7 @@ def test_wandb_online_without_a_key_trains_offline(tmp_path):
         NETRC=str(tmp_path / "netrc"),
         WANDB_SILENT="true",
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     assert "2 generator updates" in out
     assert "so the run is logged offline" in err
@@ -100,7 +100,7 @@ def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
         process = start(
             *DIGITS, "--trainer.max_steps=8", "--trainer.callbacks.dirpath=ck", "--ckpt_path=last"
         )
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 2
         assert "Traceback" not in err
         assert "No space left on device" in err
