@@ -118,7 +118,10 @@ def same(one, other):
 def test_few_images_are_changed_and_many_are_not(tmp_path):
     plain, _ = fit(tmp_path, 3, [])
     many, _ = fit(tmp_path, 3, [DiffAugment(max_images=100)])
-    few, _ = fit(tmp_path, 3, [DiffAugment(max_images=5000)])
+    callback = DiffAugment(max_images=100)
+    fit(tmp_path, 1, [callback])
+    callback.max_images = 5000  # the next training finds its images few
+    few, _ = fit(tmp_path, 3, [callback])
     assert same(plain, many)
     assert not same(plain, few)
     again, _ = fit(tmp_path, 3, [DiffAugment()])
@@ -162,6 +165,18 @@ def test_the_rehearsal_changes_nothing_and_counts_right(tmp_path, monkeypatch):
     assert callback.seconds > 0
     # the activations of both networks on 32 images at least
     assert callback.update_bytes > 32 * 4 * (16 * 4 * 4 + 8 * 8 * 8)
+
+
+def test_a_batch_is_one_critic_step(tmp_path, monkeypatch):
+    """Several critic steps an update take no more batches for as many images."""
+    told = []
+    monkeypatch.setattr(rehearsal, "rank_zero_info", told.append)
+    torch.set_default_dtype(torch.float32)
+    trained = model()
+    trained.critic_steps = 3
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[Rehearsal(images=64)])
+    trainer.fit(trained, DigitsDataModule(batch_size=32))
+    assert "64 images (2 batches of 32)" in told[0]
 
 
 def test_what_does_not_fit_memory_is_said_before_the_first_step(tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ class DiffAugment(InstanceNoise):
         self.max_images = max_images
 
     def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:
+        self.schedule = ConstantNoise(1.0)  # an earlier training may have had more images
         data = getattr(pl_module.trainer, "datamodule", None)
         if self.max_images is not None and isinstance(data, SampleDataModule):
             num = data.num_train

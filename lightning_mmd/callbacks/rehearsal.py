@@ -109,12 +109,12 @@ class Rehearsal(Callback):
             4 * p.numel() * p.element_size()
             for p in itertools.chain(*(m.parameters() for m in networks.values()))
         )
-        updates = -(-self.images // (num * world_size)) * model.critic_steps
-        seconds = updates * (self.seconds or 0.0)
+        batches = -(-self.images // (num * world_size))
+        seconds = batches * (self.seconds or 0.0)
         sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         return (
             f"Parameters: {sizes}. Memory: about {(weights + self.update_bytes) / 2**20:,.0f} MiB. "
-            f"{self.images:,} images ({updates:,} batches of {num * world_size}) take about "
+            f"{self.images:,} images ({batches:,} batches of {num * world_size}) take about "
             f"{duration(seconds)}."
         )
 
