@@ -186,18 +186,15 @@ def short_help(everything: bool = False) -> type[DefaultHelpFormatter]:
 
         def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
             if usage is None and sum(len(a.option_strings) > 0 for a in actions) > _MOST_IN_USAGE:
-                subcommand = [a for a in actions if not a.option_strings]
-                usage = "%(prog)s [options] fit|validate|test ..." if subcommand else None
-                usage = usage or "%(prog)s --config NAME_OR_FILE [--NAME VALUE ...]"
+                usage = "%(prog)s --config NAME_OR_FILE [--NAME VALUE ...]"
             super().add_usage(usage, actions, groups, prefix)
 
         def add_argument(self, action: Any) -> None:
             name = action.dest.split(".")
-            is_help = action.dest.endswith(".help") or name[-1].endswith("help")
-            rare = name[0] == "trainer" and len(name) > 1 and name[1] not in _USUAL
-            if not everything and action.dest not in ("help",) and (is_help or rare):
-                return
-            super().add_argument(action)
+            of_a_class = len(name) > 1 and name[-1] == "help"
+            rare = len(name) > 1 and name[0] == "trainer" and name[1] not in _USUAL
+            if everything or not (of_a_class or rare):
+                super().add_argument(action)
 
         def start_section(self, heading: Any) -> None:
             words = str(heading).split(" ")

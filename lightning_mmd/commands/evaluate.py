@@ -66,9 +66,12 @@ def evaluate(
     model = load_either(ckpt_path, pretrained, trust)
     data.prepare_data()
     data.setup("test")
+    if per_class and not data.labels:
+        raise ValueError("--per_class needs labels of the data. Add --data.labels true.")
     held_out = _take(data.test_dataloader() if split == "test" else data.val_dataloader(), num)
     # As many training images as samples: the floor has the same bias as the scores.
     training = _take(data.train_dataloader(), num)
+    asked = _asked(model, len(training), seed) if per_class else torch.empty(0)
     samples = torch.cat(list(_samples(model, len(training), batch_size, seed)))
     if samples.shape[1:] != held_out.shape[1:]:
         raise ValueError(
@@ -78,11 +81,8 @@ def evaluate(
     scores, floors = score(held_out, (samples, training), features, batch_size, seed)
     classes = {}
     if per_class:
-        if not data.labels:
-            raise ValueError("--per_class needs labels of the data. Add --data.labels true.")
         loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
         known = _take(loaders, num, 1), _take(data.train_dataloader(), len(training), 1)
-        asked = _asked(model, len(samples), seed)
         sides = (held_out, known[0]), (samples, asked), (training, known[1])
         classes = score_classes(*sides, features, batch_size, seed)
     report = {

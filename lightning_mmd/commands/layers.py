@@ -26,6 +26,8 @@ def tell_of_replaced_callbacks(files: Sequence[str]) -> None:
     Args:
         files: Paths of the configurations, in the order in which one is laid over the other.
     """
+    if len(files) < 2:  # the usual start reads no file twice
+        return
     before: tuple[str, list[str]] | None = None
     for file in files:
         try:
