@@ -5,7 +5,9 @@
 The recipe of `configs/mnist_conditional.yaml` beside that of `configs/mnist.yaml`, in a plain loop,
 at equal updates, three seeds. The judge (`judge.py`) scores 10,000 samples of the averaged
 generator against the test images, and classifies them: `asked` is the share in the class that was
-asked for, `rarest` that of the worst class. Each run is a row of `results/conditional.csv`; runs
+asked for, `rarest` that of the worst class. `learned` and `fixed` are `ClassFeatures`, `product`
+is `ClassProductFeatures`; with `_apart` the generator's classes are drawn, not those of the batch.
+Each run is a row of `results/conditional.csv`; runs
 that are there are skipped.
 """
 
@@ -37,8 +39,8 @@ from lightning_mmd import (
 from lightning_mmd.networks import ConvFeatures, ConvGenerator
 
 RESULTS = Path(__file__).parent / "results" / "conditional.csv"
-KINDS = ("none", "fixed", "learned", "product")
-SEEDS = {"learned": 2, "product": 1}  # the kinds that lost, less often
+KINDS = ("none", "learned", "fixed", "product", "learned_apart", "fixed_apart", "product_apart")
+SEEDS = {"product": 1, "learned_apart": 2, "fixed_apart": 1, "product_apart": 1}  # less often
 FIELDS = [
     "labels", "seed", "updates", "images", "seconds", "fid", "kid", "asked", "rarest", "commit",
     "torch", "processor", "date",
@@ -52,12 +54,13 @@ def networks(kind: str, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module, L
     if kind == "none":
         generator = ConvGenerator(shape, 32, (64, 32, 16))
         return generator, LearnedKernelCritic(features, width), Latents(32)
+    kind, _, apart = kind.partition("_")
     if kind in ("fixed", "learned"):
         features = ClassFeatures(features, width, 10, learned=kind == "learned")
     else:
         features, width = ClassProductFeatures(features, width, 10), 2560
     generator = ConvGenerator(shape, 32, (64, 32, 16), num_classes=10)
-    return generator, LearnedKernelCritic(features, width), LabelledLatents(32, 10)
+    return generator, LearnedKernelCritic(features, width), LabelledLatents(32, 10, paired=not apart)
 
 
 def train(kind: str, seed: int, updates: int, images: Images) -> tuple[nn.Module, float, int]:

@@ -385,6 +385,8 @@ def main(root: str, seconds: float, seeds: int, factors: list[float]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec|.*kinks")
     images = load("MNIST", root, "test")
+    order = torch.randperm(len(images.held), generator=torch.Generator().manual_seed(0))
+    images.held, images.held_labels = images.held[order], images.held_labels[order]
     judge = Judge(cached_classifier(images, "MNIST", CACHE, seed=0), images, num=SAMPLES)
     print("floor", judge.floor(), flush=True)
     done = {cell(row) for row in rows()}

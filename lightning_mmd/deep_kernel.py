@@ -17,6 +17,7 @@ from lightning_mmd.kernel_objectives import (
     KernelObjective,
     Repulsive,
     SlopePenalty,
+    cross_mean,
     deep_mmd2,
     off_diagonal_mean,
 )
@@ -191,7 +192,7 @@ class DeepKernel(UpdateRule):
             for inputs in (real, fake)
         )
         references = [of_real.everyone, of_fake.everyone]
-        objective = self._objective.critic(self._kernel, *references)
+        objective = self._objective.critic(self._kernel, *references, game.paired)
         cotangents = list(torch.autograd.grad(-objective, references))
         penalties = self._penalty_terms(game, z, real, fake, references)
         direct = references[0].new_zeros(())
@@ -205,7 +206,7 @@ class DeepKernel(UpdateRule):
         terms = [(of_real, cotangents[0]), (of_fake, cotangents[1])]
         gradient = processes.mean(direct + pull_back(critic, terms, processes))
         with torch.no_grad():
-            mmd2 = deep_mmd2(self._kernel, *references)
+            mmd2 = deep_mmd2(self._kernel, *references, game.paired)
         if not objective.isfinite():  # the same on all processes
             raise DivergedError("the critic's objective")
         metrics: dict[str, Any] = {"critic/gap": mmd2, "critic/objective": objective.detach()}
@@ -289,12 +290,15 @@ class DeepKernel(UpdateRule):
             everyone = step.of_fake.everyone.detach()
             noisy = step.moved_gradient(
                 lambda e, itself: ascent_of_mmd2(
-                    kernel, game.batch_size, e, step.of_real, everyone, itself
+                    kernel, game.batch_size, e, step.of_real, everyone, itself, game.paired
                 )
             )
-        gradient = step.gradient(
-            lambda real, fake: off_diagonal_mean(kernel(fake, fake)) - 2 * kernel(real, fake).mean()
-        )
+
+        def loss(real: Tensor, fake: Tensor) -> Tensor:
+            across = cross_mean(kernel(real, fake), game.paired)
+            return off_diagonal_mean(kernel(fake, fake)) - 2 * across
+
+        gradient = step.gradient(loss)
         self._estimator.observe(-gradient)
         return game.generator.step(gradient if noisy is None else noisy)
 

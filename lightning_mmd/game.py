@@ -211,6 +211,8 @@ class Game:
         processes: Those that train together; a batch is a share of theirs.
         hooks: What may change the gradients that generated samples follow, see
             :data:`GradientHook`.
+        pairs: Whether the i-th generated sample gets the label of the i-th real one. Default: as
+            ``draw.paired`` says, see `LabelledLatents`.
     """
 
     generator: Player
@@ -223,6 +225,12 @@ class Game:
     micro_batches: int = 1
     processes: Processes = field(default_factory=Processes)
     hooks: Sequence[GradientHook] = ()
+    pairs: bool | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Whether the i-th generated sample has the label of the i-th real one."""
+        return bool(getattr(self.draw, "paired", False) if self.pairs is None else self.pairs)
 
     @property
     def images(self) -> Tensor:
@@ -234,9 +242,10 @@ class Game:
         """Number n of real samples on this process."""
         return len(self.images)
 
-    def latents(self, num: int | None = None) -> tuple[Tensor, ...]:
-        """Draw what the generator is called with, by default for as many samples as are real."""
-        return as_inputs(self.draw(self.batch_size if num is None else num))
+    def latents(self) -> tuple[Tensor, ...]:
+        """Draw what the generator is called with, for as many samples as are real."""
+        z = as_inputs(self.draw(self.batch_size))
+        return (z[0], *self.target(z)[1:]) if self.paired else z
 
     def target(self, latents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the real samples, with labels where the latents carry them.

@@ -343,11 +343,12 @@ class GradientAscent(UpdateRule):
         everyone = step.of_fake.everyone.detach()
 
         def loss(real: Tensor, fake: Tensor) -> Tensor:
-            return matching.loss(real, fake) - objective.on_generated(read(fake)).mean()
+            return matching.loss(real, fake, game.paired) - objective.on_generated(read(fake)).mean()
 
         def ascent(e: Tensor, itself: Tensor) -> Tensor:
             value = objective.on_generated(read(e)).sum() / game.batch_size
-            return value + matching.ascent(game.batch_size, e, step.of_real, everyone, itself)
+            own = game.batch_size, e, step.of_real, everyone, itself, game.paired
+            return value + matching.ascent(*own)
 
         moved = step.moved_gradient(ascent) if game.hooks else None  # it keeps the graph
         gradient = step.gradient(loss)

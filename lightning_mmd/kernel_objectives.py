@@ -18,6 +18,7 @@ __all__ = [
     "KernelObjective",
     "Repulsive",
     "SlopePenalty",
+    "cross_mean",
     "deep_mmd2",
     "off_diagonal_mean",
 ]
@@ -30,7 +31,17 @@ def off_diagonal_mean(gram: Tensor) -> Tensor:
     return (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
 
 
-def deep_mmd2(kernel: Kernel, real: Tensor, fake: Tensor) -> Tensor:
+def cross_mean(gram: Tensor, paired: bool) -> Tensor:
+    """Return the mean of a matrix (n, m) of kernel values between real and generated samples.
+
+    Args:
+        gram: The matrix.
+        paired: Whether samples of one index share a label: then n = m, and they are left out.
+    """
+    return off_diagonal_mean(gram) if paired else gram.mean()
+
+
+def deep_mmd2(kernel: Kernel, real: Tensor, fake: Tensor, paired: bool = False) -> Tensor:
     """Return the unbiased MMD^2 of embeddings (n, d) and (m, d), with a graph.
 
     `mmd2_unbiased` is the same number, evaluated in blocks and float64.
@@ -39,25 +50,31 @@ def deep_mmd2(kernel: Kernel, real: Tensor, fake: Tensor) -> Tensor:
         kernel: The kernel.
         real: Embeddings of real samples, n >= 2.
         fake: Embeddings of generated samples, m >= 2.
+        paired: Whether the i-th real and the i-th generated sample share a label, n = m: then the
+            two are not compared, as no sample is with itself.
 
     Returns:
         A scalar, of either sign.
+
+    Source:
+        Gretton et al. 2012, A kernel two-sample test, lemma 6 and, paired, equation 4.
     """
     within = off_diagonal_mean(kernel(real, real)) + off_diagonal_mean(kernel(fake, fake))
-    return within - 2 * kernel(real, fake).mean()
+    return within - 2 * cross_mean(kernel(real, fake), paired)
 
 
 class KernelObjective(ABC):
     """What an embedding ascends, given the embeddings of real and generated samples."""
 
     @abstractmethod
-    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor) -> Tensor:
+    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor, paired: bool = False) -> Tensor:
         """Return what the critic ascends.
 
         Args:
             kernel: Kernel on embeddings.
             real: Embeddings of real samples, (n, d), n >= 2.
             fake: Embeddings of generated samples, (m, d), m >= 2.
+            paired: Whether samples of one index share a label, see `deep_mmd2`.
 
         Returns:
             A scalar.
@@ -72,9 +89,9 @@ class Attractive(KernelObjective):
         Li et al. 2017, arXiv 1705.08584; Binkowski et al. 2018, arXiv 1801.01401.
     """
 
-    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor) -> Tensor:
+    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor, paired: bool = False) -> Tensor:
         """Return MMD^2."""
-        return deep_mmd2(kernel, real, fake)
+        return deep_mmd2(kernel, real, fake, paired)
 
 
 @dataclass
@@ -106,7 +123,7 @@ class Repulsive(KernelObjective):
                 f"{self.lower} and {self.upper}."
             )
 
-    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor) -> Tensor:
+    def critic(self, kernel: Kernel, real: Tensor, fake: Tensor, paired: bool = False) -> Tensor:
         """Return the mean kernel of generated pairs minus that of real pairs."""
         of_real = kernel.of_squared_distances(squared_distances(real, real).clamp(max=self.upper))
         of_fake = kernel.of_squared_distances(squared_distances(fake, fake).clamp(min=self.lower))

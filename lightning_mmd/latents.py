@@ -70,6 +70,9 @@ class Latents:
         """Length of the standard normal vector, None for draws of another kind."""
         return self.source if isinstance(self.source, int) else None
 
+    paired = False
+    """Whether a training puts the labels of its batch in place of those that were drawn."""
+
     def draw(self, num: int) -> Inputs:
         """Return a draw for ``num`` samples; override it for draws of your own."""
         if isinstance(self.source, int):
@@ -125,14 +128,20 @@ class Latents:
 class LabelledLatents(Latents):
     """Standard normal latents, and beside each the class that the generator is asked for.
 
-    The classes are drawn independently of those in the batch of data: of all classes alike, or with
-    given frequencies.
+    In a training the classes are those of the batch of data: generated and real samples then have
+    each class equally often, and only what is within the classes tells them apart. Elsewhere, and
+    with ``paired=False`` in a training too, the classes are drawn: all alike, or with given
+    frequencies. Counts of drawn classes differ from those of the batch by chance; a critic that is
+    linear in an offset of each class follows that noise (``benchmarks/README.md``, Labels).
 
     Args:
         dim: Length of a standard normal latent vector, >= 1.
         num_classes: Number C of classes, >= 2; the labels are 0 to C - 1.
         frequencies: Probability of each class, C numbers >= 0 that are divided by their sum, for
             example the counts in the data. Default: all classes alike.
+        paired: Whether a training takes the classes of its batch. Between the i-th real and the
+            i-th generated sample, which have one class, no kernel value is counted then, so that
+            the estimates of MMD^2 stay unbiased.
 
     Raises:
         ValueError: If a number is out of range, or there are not C frequencies.
@@ -144,9 +153,14 @@ class LabelledLatents(Latents):
     """
 
     def __init__(
-        self, dim: int, num_classes: int, frequencies: Sequence[float] | None = None
+        self,
+        dim: int,
+        num_classes: int,
+        frequencies: Sequence[float] | None = None,
+        paired: bool = True,
     ) -> None:
         super().__init__(dim)
+        self.paired = paired
         if num_classes < 2:
             raise ValueError(f"LabelledLatents needs num_classes of at least 2, got {num_classes}.")
         weights = torch.ones(num_classes) if frequencies is None else torch.tensor(frequencies)

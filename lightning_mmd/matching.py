@@ -64,20 +64,34 @@ class FeatureMatching:
         spread = real.detach().var(0).sum()
         return spread.clamp_min(torch.finfo(spread.dtype).tiny).rsqrt()
 
-    def loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Return weight / 2 times MMD^2 of embeddings (n, r) and (m, r), with a graph."""
+    def loss(self, real: Tensor, fake: Tensor, paired: bool = False) -> Tensor:
+        """Return weight / 2 times MMD^2 of embeddings (n, r) and (m, r), see `deep_mmd2`."""
         s = self.scale(real)
-        return self.weight / 2 * deep_mmd2(self._kernel, s * real, s * fake)
+        return self.weight / 2 * deep_mmd2(self._kernel, s * real, s * fake, paired)
 
-    def ascent(self, num: int, e: Tensor, real: Tensor, fake: Tensor, itself: Tensor) -> Tensor:
+    def ascent(
+        self,
+        num: int,
+        e: Tensor,
+        real: Tensor,
+        fake: Tensor,
+        itself: Tensor,
+        paired: bool = False,
+    ) -> Tensor:
         """Return what samples ascend one by one, see :func:`ascent_of_mmd2`."""
         s = self.scale(real)
         scaled = s * e, s * real, s * fake
-        return self.weight / 2 * ascent_of_mmd2(self._kernel, num, *scaled, itself)
+        return self.weight / 2 * ascent_of_mmd2(self._kernel, num, *scaled, itself, paired)
 
 
 def ascent_of_mmd2(
-    kernel: Kernel, num: int, e: Tensor, real: Tensor, fake: Tensor, itself: Tensor
+    kernel: Kernel,
+    num: int,
+    e: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    itself: Tensor,
+    paired: bool = False,
 ) -> Tensor:
     r"""Return a sum whose gradient in row i of ``e`` is -d MMD^2 / d e_i, the others held.
 
@@ -91,9 +105,12 @@ def ascent_of_mmd2(
         real: Embeddings of all real samples, (m, d).
         fake: Embeddings of all N generated samples, without a graph.
         itself: Matrix (k, N), 1 where a column is the sample of its row, else 0.
+        paired: Whether the real sample of a row's own index is left out too, m = N.
     """
     others = (kernel(e, fake) * (1 - itself)).sum() / (len(fake) - 1)
-    return 2 / num * (kernel(e, real).mean(1).sum() - others)
+    gram = kernel(e, real)
+    towards = (gram * (1 - itself)).sum() / (len(real) - 1) if paired else gram.mean(1).sum()
+    return 2 / num * (towards - others)
 
 
 class EmbeddingStep:

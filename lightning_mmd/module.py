@@ -415,6 +415,7 @@ class MMDGAN(Pretrained):
             micro_batches=self.micro_batches,
             **({"processes": TrainerProcesses(trainer)} if trainer is not None else {}),
             hooks=tuple(self._gradient_hooks.values()),
+            pairs=self.latents.paired,
         )
 
     def _draw(self, num: int) -> Inputs:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from lightning_mmd import (
     DigitsFeatures,
     EmbeddingCritic,
     FeatureMetrics,
+    Game,
     GradientAscent,
     LabelledLatents,
     LearnedKernelCritic,
+    Player,
     SampleGrid,
     mmd2_features,
 )
@@ -102,6 +105,72 @@ def test_the_unbiased_mmd2_has_mean_zero_where_both_laws_agree():
     # and it is not zero where only the labels differ
     other = features(points, 1 - labels).detach()
     assert (p @ (phi - other)).square().sum() > 1e-3
+
+
+def test_paired_the_unbiased_mmd2_has_mean_zero_given_the_labels():
+    """Over all samples of three and three with the labels 0, 1, 1, exactly; with the pairs not."""
+    points = torch.randn(4, 2)
+    labels = torch.tensor([0, 0, 1, 1])  # of the points
+    features = ClassProductFeatures(MLPFeatures(2, 6), 6, 2)
+    phi = features(points, labels).detach()
+    p = {0: (0.3, 0.7), 1: (0.6, 0.4)}  # of the two points of a class
+    batch = [0, 1, 1]
+    mean = with_pairs = 0.0
+    for draw in itertools.product(range(2), repeat=6):
+        chance = math.prod(p[c][k] for c, k in zip(batch * 2, draw, strict=True))
+        index = [2 * c + k for c, k in zip(batch * 2, draw, strict=True)]
+        real, fake = phi[index[:3]], phi[index[3:]]
+        mean += chance * deep_mmd2(Linear(), real, fake, paired=True)
+        with_pairs += chance * deep_mmd2(Linear(), real, fake)
+    assert abs(mean) < 1e-12 < 1e-2 < -with_pairs
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_training_asks_for_the_classes_of_its_batch(paired):
+    labels = torch.arange(64) % 10
+    torch.manual_seed(3)
+    z, drawn = LabelledLatents(3, 10)(64)
+    torch.manual_seed(3)
+    game = Game(None, None, (torch.zeros(64, 2), labels), LabelledLatents(3, 10, paired=paired))
+    same, asked = game.latents()
+    assert torch.equal(same, z)
+    assert torch.equal(asked, labels if paired else drawn)
+    assert not torch.equal(drawn, labels)
+    assert game.paired is paired
+
+
+def test_offsets_of_classes_are_not_seen_by_a_paired_critic(as_trained):
+    """A critic's gap does not change with an offset for each class; apart it does."""
+    offsets = torch.tensor([5.0, -3.0, 1.0, 0.5])
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(2))
+            self.offset = nn.Parameter(offsets.clone())
+
+        def forward(self, x, labels):
+            return x @ self.slope + self.offset[labels]
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4, 2))
+
+        def forward(self, z, labels):
+            return z + self.shift[labels]
+
+    for paired in (True, False):
+        torch.manual_seed(0)
+        generator, critic = Own(), Critic()
+        players = [
+            Player(name, net, dict(net.named_parameters()), torch.optim.SGD(net.parameters(), 0.1))
+            for name, net in (("generator", generator), ("critic", critic))
+        ]
+        real = torch.randn(32, 2), torch.randint(4, (32,))
+        rule = GradientAscent(alpha=0.0, beta=0.0)
+        rule.update(Game(*players, real, LabelledLatents(2, 4, paired=paired)))
+        assert torch.allclose(critic.offset.detach(), offsets, atol=1e-6) is paired
 
 
 def test_latents_draw_classes_with_their_frequencies():

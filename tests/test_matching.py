@@ -74,15 +74,17 @@ def test_the_generator_descends_both(matching, micro_batches):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-def test_the_ascent_of_each_sample_is_the_gradient_of_mmd2():
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_ascent_of_each_sample_is_the_gradient_of_mmd2(paired):
     torch.manual_seed(0)
-    x, y = torch.randn(7, 2), torch.randn(5, 2, requires_grad=True)
+    x, y = torch.randn(5 if paired else 7, 2), torch.randn(5, 2, requires_grad=True)
     kernel = Gaussian(1.3)
-    within = kernel(y, y)
-    mmd2 = (within.sum() - within.trace()) / 20 - 2 * kernel(x, y).mean()
+    within, across = kernel(y, y), kernel(x, y)
+    towards = (across.sum() - across.trace()) / 20 if paired else across.mean()
+    mmd2 = (within.sum() - within.trace()) / 20 - 2 * towards
     (expected,) = torch.autograd.grad(mmd2, y)
     e = y.detach().clone().requires_grad_()
-    ascent = ascent_of_mmd2(kernel, 5, e, x, y.detach(), torch.eye(5))
+    ascent = ascent_of_mmd2(kernel, 5, e, x, y.detach(), torch.eye(5), paired)
     (gradient,) = torch.autograd.grad(ascent, e)
     torch.testing.assert_close(gradient, -expected, rtol=1e-12, atol=1e-14)
 

@@ -90,10 +90,8 @@ class Rehearsal(Callback):
 
         draw = model.fixed_latents
         generator, critic = players
-        games = (
-            Game(generator, critic, real, draw, step=step, micro_batches=model.micro_batches)
-            for step in range(2)
-        )
+        options = {"micro_batches": model.micro_batches, "pairs": model.latents.paired}
+        games = (Game(generator, critic, real, draw, step=step, **options) for step in range(2))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             rule.update(next(games))
         self.update_bytes = sum(kept.values())

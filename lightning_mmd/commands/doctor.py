@@ -271,6 +271,7 @@ def _play(model: MMDGAN, batch_size: int, processes: Processes) -> dict[str, lis
             step=step,
             micro_batches=model.micro_batches,
             processes=processes,
+            pairs=model.latents.paired,
         )
         with seeded(model.device, model.seed, processes.rank, step):
             rule.update(game)
