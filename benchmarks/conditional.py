@@ -60,7 +60,8 @@ def networks(kind: str, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module, L
     else:
         features, width = ClassProductFeatures(features, width, 10), 2560
     generator = ConvGenerator(shape, 32, (64, 32, 16), num_classes=10)
-    return generator, LearnedKernelCritic(features, width), LabelledLatents(32, 10, paired=not apart)
+    critic = LearnedKernelCritic(features, width)
+    return generator, critic, LabelledLatents(32, 10, paired=not apart)
 
 
 def train(kind: str, seed: int, updates: int, images: Images) -> tuple[nn.Module, float, int]:

@@ -1,6 +1,6 @@
 """Do our callbacks help or harm GANs that are not ours?
 
-    OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA                       # one run after another
+    OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA
     OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA --seeds 1 --factors 0.25 4
     python benchmarks/foreign.py --report
 
@@ -79,10 +79,12 @@ class Foreign(LightningModule):
         return [torch.optim.Adam(n.parameters(), rate, self.betas) for n, rate in pairs]
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return what the critic descends."""
         on_real, on_fake = self.netD(real), self.netD(fake)
         return (F.softplus(-on_real) + F.softplus(on_fake)).mean()
 
     def generator_loss(self, fake: Tensor) -> Tensor:
+        """Return what the generator descends."""
         return F.softplus(-self.netD(fake)).mean()
 
     def training_step(self, batch: Tensor) -> None:
@@ -132,11 +134,13 @@ class Tutorial(Foreign):
         )
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return what the critic descends."""
         ones = real.new_ones(len(real), 1)
         on_real = F.binary_cross_entropy(self.netD(real), ones)
         return (on_real + F.binary_cross_entropy(self.netD(fake), 0 * ones)) / 2
 
     def generator_loss(self, fake: Tensor) -> Tensor:
+        """Return what the generator descends."""
         return F.binary_cross_entropy(self.netD(fake), fake.new_ones(len(fake), 1))
 
 
@@ -191,6 +195,7 @@ class R1(Foreign):
             spectrally_normalised(self.netD)
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return what the critic descends."""
         real = real.detach().requires_grad_()
         values = self.netD(real)
         (slope,) = torch.autograd.grad(values.sum(), real, create_graph=True)
@@ -205,9 +210,11 @@ class HingeSpectral(R1):
     spectral = True
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return what the critic descends."""
         return F.relu(1 - self.netD(real)).mean() + F.relu(1 + self.netD(fake)).mean()
 
     def generator_loss(self, fake: Tensor) -> Tensor:
+        """Return what the generator descends."""
         return -self.netD(fake).mean()
 
 
@@ -254,10 +261,12 @@ class Marks(Callback):
         self.updates, self.scoring = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the average and the clock."""
         self.average, self.begin = copy.deepcopy(pl_module.netG), time.process_time()
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count, average, score, end."""
         self.updates += 1
         weight = max(0.01, 1 / (self.updates + 1))
         mine, new = self.average.state_dict(), pl_module.netG.state_dict()

@@ -192,7 +192,7 @@ class DeepKernel(UpdateRule):
             for inputs in (real, fake)
         )
         references = [of_real.everyone, of_fake.everyone]
-        objective = self._objective.critic(self._kernel, *references, game.paired)
+        objective = self._objective.critic(self._kernel, *references, paired=game.paired)
         cotangents = list(torch.autograd.grad(-objective, references))
         penalties = self._penalty_terms(game, z, real, fake, references)
         direct = references[0].new_zeros(())
@@ -206,7 +206,7 @@ class DeepKernel(UpdateRule):
         terms = [(of_real, cotangents[0]), (of_fake, cotangents[1])]
         gradient = processes.mean(direct + pull_back(critic, terms, processes))
         with torch.no_grad():
-            mmd2 = deep_mmd2(self._kernel, *references, game.paired)
+            mmd2 = deep_mmd2(self._kernel, *references, paired=game.paired)
         if not objective.isfinite():  # the same on all processes
             raise DivergedError("the critic's objective")
         metrics: dict[str, Any] = {"critic/gap": mmd2, "critic/objective": objective.detach()}

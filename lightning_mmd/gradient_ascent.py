@@ -343,7 +343,8 @@ class GradientAscent(UpdateRule):
         everyone = step.of_fake.everyone.detach()
 
         def loss(real: Tensor, fake: Tensor) -> Tensor:
-            return matching.loss(real, fake, game.paired) - objective.on_generated(read(fake)).mean()
+            value = objective.on_generated(read(fake)).mean()
+            return matching.loss(real, fake, game.paired) - value
 
         def ascent(e: Tensor, itself: Tensor) -> Tensor:
             value = objective.on_generated(read(e)).sum() / game.batch_size

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 __all__ = [
     "Replay",
+    "Watch",
     "buffers_kept",
     "copy_network",
     "counter_seed",
@@ -126,6 +127,32 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 Network = TypeVar("Network", bound=nn.Module)
 
 
+class Watch:
+    """A hook by which a callback watches a network: copies of the network are not watched.
+
+    A copy, or a pickle, of a network has its hooks copied too. That of a callback would bring the
+    Trainer with it; a watch becomes a hook that does nothing.
+
+    Args:
+        hook: The hook.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the hook."""
+        return self._hook(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Leave the hook behind; `copy.deepcopy` asks here too."""
+        return Watch, (_unwatched,)
+
+
+def _unwatched(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, as a hook."""
+
+
 def copy_network(network: Network) -> Network:
     """Return a deep copy of a network.
 
@@ -156,7 +183,7 @@ def copy_network(network: Network) -> Network:
         values[name] = value.detach()
     for own, before in hooks:
         for key, hook in before.items():
-            if type(getattr(hook, "__self__", None)).__module__.startswith("lightning_mmd."):
+            if isinstance(hook, Watch):
                 del own[key]
     try:
         return copy.deepcopy(network)

@@ -1,6 +1,7 @@
 """Stabilisers as callbacks against the same terms written into the losses by hand."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -13,11 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mmd import (
     MMDGAN,
     ClosedForm,
+    DiffAugment,
     GradientAscent,
     InputGradientPenalty,
+    InstanceNoise,
     LearnedKernelCritic,
+    NoiseInjection,
+    ParametricGradientPenalty,
     ProximalPoint,
 )
+from lightning_mmd.noise import ConstantNoise
 from lightning_mmd.passes import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -464,3 +470,55 @@ def test_a_short_proximal_step_holds_a_generator_of_ours(tmp_path):
         lengths[tau] = float((generator(z) - before).norm())
         assert trainer.callback_metrics["proximal/distance"] > 0
     assert lengths[1e-5] < lengths[1e5]
+
+
+class Copying(Callback):
+    """Somebody's callback that copies and pickles the networks and calls the copies."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.copies = [copy.deepcopy(net) for net in networks_of(pl_module)]
+        with torch.no_grad(), seeded(CPU, batch_idx):
+            for net in self.copies:
+                net.train()(batch[0] if net is self.copies[1] else torch.randn(BATCH, 5))
+        torch.save(networks_of(pl_module)[0], io.BytesIO())
+        copy.deepcopy(pl_module)
+
+
+def networks_of(module):
+    return module.generator, getattr(module, "discriminator", getattr(module, "critic", None))
+
+
+@pytest.mark.parametrize(
+    "name", ["parametric", "slope", "proximal", "instance", "noise", "changes"]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_others_may_copy_the_networks_meanwhile(name, own, tmp_path, monkeypatch):
+    """Callbacks watch the networks, not copies of them, and a copy does not bring the Trainer."""
+    copied = []
+    for part in (Trainer, Callback):  # a Trainer at work holds what cannot be copied
+        monkeypatch.setattr(part, "__deepcopy__", lambda x, _: copied.append(x), raising=False)
+    names = {} if own else {"critic": "discriminator"}
+    values = {} if own else {"critic_values": torch.logit}
+    build = {
+        "parametric": lambda: ParametricGradientPenalty(**names, **values),
+        "slope": lambda: InputGradientPenalty(**names, **values),
+        "proximal": lambda: ProximalPoint(tau=1.0),
+        "instance": lambda: InstanceNoise(ConstantNoise(0.3), **names),
+        "noise": lambda: NoiseInjection(ConstantNoise(0.3), **names),
+        "changes": lambda: DiffAugment(**names, max_images=100),
+    }[name]
+    if own and name in ("parametric", "slope"):
+        pytest.skip("its rules have the penalty themselves")
+    ended = []
+    for others in ([], [Copying()]):
+        torch.manual_seed(0)
+        if own:
+            critic = LearnedKernelCritic(nn.Sequential(nn.Flatten(), mlp(16, 8)), 8)
+            generator = nn.Sequential(mlp(5, 16), nn.Unflatten(1, SHAPE))
+            module = MMDGAN(generator, critic, GradientAscent(beta=0.1), latents=5)
+        else:
+            module = TutorialGAN()
+        fit(module, build(), *others, path=tmp_path)
+        ended.append(module)
+    assert not copied
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in ended), strict=True))

@@ -65,7 +65,7 @@ class AddedGradient(Clocked):
         if not pl_module.automatic_optimization:
             self._clip = pl_module.clip_gradients
             self._clip_was_own = "clip_gradients" in vars(pl_module)
-            self._clipping = functools.partial(self._clip_gradients, pl_module)
+            self._clipping = _Clipping(self._clip_gradients, pl_module)
             pl_module.clip_gradients = self._clipping  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check_step(self, *_: Any) -> None:
@@ -158,3 +158,17 @@ class AddedGradient(Clocked):
             vars(pl_module).pop("clip_gradients")
             if self._clip_was_own:
                 pl_module.clip_gradients = self._clip
+
+
+class _Clipping:
+    """What stands in place of a module's `clip_gradients`; a copy of the module has its own."""
+
+    def __init__(self, clip: Callable[..., None], module: LightningModule) -> None:
+        self._clip, self._module = clip, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._clip(self._module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        copied = memo.get(id(self._module), self._module)
+        return functools.partial(type(self._module).clip_gradients, copied)

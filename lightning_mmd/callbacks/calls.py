@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_mmd.callbacks.observing import is_observed
+from lightning_mmd.passes import Watch
 from lightning_mmd.pushforward import Pushforward
 
 __all__ = [
@@ -302,8 +303,10 @@ class LatentLog:
         self.generator_called_since = False
         """Whether the generator has been called since the critic's last step."""
         self.handles = [
-            generator.register_forward_hook(self._note_generator, with_kwargs=True),
-            critic.register_forward_pre_hook(self._note_critic, with_kwargs=True, prepend=True),
+            generator.register_forward_hook(Watch(self._note_generator), with_kwargs=True),
+            critic.register_forward_pre_hook(
+                Watch(self._note_critic), with_kwargs=True, prepend=True
+            ),
         ]
 
     def begin_batch(self) -> None:

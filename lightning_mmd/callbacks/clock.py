@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_mmd.callbacks.foreign import find_network, holds, own_optimizer
 from lightning_mmd.module import MMDGAN
+from lightning_mmd.passes import Watch
 
 __all__ = ["Clocked", "GeneratorClock", "usual_name"]
 
@@ -181,8 +182,8 @@ def called_networks(pl_module: LightningModule) -> Iterator[list[nn.Module]]:
     handles = []
     for network in pl_module.modules():
         if network is not pl_module and next(network.parameters(), None) is not None:
-            handles.append(network.register_forward_pre_hook(begin))
-            handles.append(network.register_forward_hook(end, always_call=True))
+            handles.append(network.register_forward_pre_hook(Watch(begin)))
+            handles.append(network.register_forward_hook(Watch(end), always_call=True))
     try:
         yield called
     finally:

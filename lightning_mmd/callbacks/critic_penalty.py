@@ -18,7 +18,7 @@ from lightning_mmd.callbacks.foreign import (
     require_whole_networks,
 )
 from lightning_mmd.parameters import refuse_shared_parameters
-from lightning_mmd.passes import full_precision, undisturbed
+from lightning_mmd.passes import Watch, full_precision, undisturbed
 from lightning_mmd.processes import mean_over_processes, together
 
 __all__ = ["CriticPenalty"]
@@ -75,7 +75,7 @@ class CriticPenalty(AddedGradient):
         outer, generator = pl_module.get_submodule(self.critic), self._networks[1]
         made = pl_module.get_submodule(self.generator)
         self._calls = LatentLog(made, outer, generator, others)
-        self._first_call = outer.register_forward_hook(self._check_call, with_kwargs=True)
+        self._first_call = outer.register_forward_hook(Watch(self._check_call), with_kwargs=True)
         handles = [*self._calls.handles, self._first_call]
         moving = own_optimizer(trainer, generator)
         if moving is not None:

@@ -11,6 +11,7 @@ from lightning_mmd.callbacks.noise import ScheduledNoise
 from lightning_mmd.callbacks.observing import is_observed
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.noise import NoiseSchedule
+from lightning_mmd.passes import Watch
 
 __all__ = ["InstanceNoise"]
 
@@ -64,7 +65,7 @@ class InstanceNoise(ScheduledNoise):
             if reason is not None:
                 name = type(self).__name__
                 raise ValueError(f"{name} changes each call of the critic, but {reason}.")
-        return [critic.register_forward_pre_hook(self._before_critic, with_kwargs=True)]
+        return [critic.register_forward_pre_hook(Watch(self._before_critic), with_kwargs=True)]
 
     def _before_critic(
         self, critic: nn.Module, args: tuple, kwargs: dict

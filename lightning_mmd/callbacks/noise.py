@@ -25,7 +25,7 @@ from lightning_mmd.internals import callbacks_of
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.noise import AdaptiveNoise, NoiseSchedule
 from lightning_mmd.parameters import refuse_shared_parameters
-from lightning_mmd.passes import Replay, counter_seed
+from lightning_mmd.passes import Replay, Watch, counter_seed
 from lightning_mmd.processes import mean_over_processes
 
 __all__ = ["NoiseInjection", "ScheduledNoise"]
@@ -233,10 +233,10 @@ class NoiseInjection(ScheduledNoise):
     def begin(self, pl_module: LightningModule, critic: nn.Module) -> list[Any]:
         self._call: _CriticCall | None = None
         if isinstance(pl_module, MMDGAN):
-            return [pl_module.register_gradient_hook(self._noisy_gradient)]
+            return [pl_module.register_gradient_hook(Watch(self._noisy_gradient))]
         return [
-            critic.register_forward_pre_hook(self._before_critic, with_kwargs=True),
-            critic.register_forward_hook(self._after_critic),
+            critic.register_forward_pre_hook(Watch(self._before_critic), with_kwargs=True),
+            critic.register_forward_hook(Watch(self._after_critic)),
         ]
 
     def _noisy_gradient(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -14,7 +14,7 @@ from lightning_mmd.callbacks.observing import is_observed
 from lightning_mmd.closed_form import ClosedForm
 from lightning_mmd.module import MMDGAN
 from lightning_mmd.parameters import trainable_parameters
-from lightning_mmd.passes import copy_network, full_precision, undisturbed
+from lightning_mmd.passes import Watch, copy_network, full_precision, undisturbed
 from lightning_mmd.processes import mean_over_processes, together
 
 __all__ = ["ProximalPoint"]
@@ -120,7 +120,7 @@ class ProximalPoint(AddedGradient):
             self._old.load_state_dict(self._saved)
             self._saved = None
         outer = pl_module.get_submodule(self.generator)
-        handle = outer.register_forward_hook(self._note_call, with_kwargs=True)
+        handle = outer.register_forward_hook(Watch(self._note_call), with_kwargs=True)
         self.attach(trainer, pl_module, optimizer, [handle])
 
     def on_train_batch_start(
