@@ -89,8 +89,8 @@ class LearnedKernelCritic(nn.Module):
         return embedded if embedding else self.read(embedded)
 
     def read(self, embedded: Tensor) -> Tensor:
-        """Return f where phi is known: <w, phi>, of shape (n,)."""
-        return embedded @ self.weights
+        """Return f where phi is known: <w, phi>, of shape (n,), in phi's precision."""
+        return embedded @ self.weights.to(embedded.dtype)
 
     def rkhs_norm2(self) -> Tensor:
         """Return ||w||^2: the squared RKHS norm of f for w of least norm, else a bound."""
