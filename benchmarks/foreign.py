@@ -48,7 +48,8 @@ FIELDS = [
     "gan", "factor", "callback", "seed", "updates", "seconds", "fid", "kid", "end", "commit",
     "torch", "processor", "date",
 ]  # fmt: skip
-CALLBACKS = ("none", "parametric", "slope", "proximal", "noise")
+CALLBACKS = ("none", "parametric", "slope", "proximal_1000", "noise_0.1")
+OTHERS = ("proximal_10", "proximal_100", "noise_0.03")  # with --others: fewer seeds
 SAMPLES = 5000
 
 
@@ -227,16 +228,17 @@ GANS: dict[str, type[Foreign]] = {
 
 
 def new_callback(name: str, gan: type[Foreign]) -> list[Callback]:
-    """Return a callback at its defaults, and where it has none, at what its page shows."""
+    """Return a callback at its defaults; the number in a name is tau, or the noise's level."""
     names = {"generator": "netG", "critic": "netD"}
     if name == "parametric":
         return [ParametricGradientPenalty(**names, critic_values=gan.critic_values)]
     if name == "slope":
         return [InputGradientPenalty(**names, critic_values=gan.critic_values)]
-    if name == "proximal":
-        return [ProximalPoint(tau=10.0, generator="netG")]
-    if name == "noise":
-        return [NoiseInjection(HalvingNoise(0.1, every=500), **names)]
+    kind, _, number = name.partition("_")
+    if kind == "proximal":
+        return [ProximalPoint(tau=float(number), generator="netG")]
+    if kind == "noise":
+        return [NoiseInjection(HalvingNoise(float(number), every=500), **names)]
     return []
 
 
@@ -366,7 +368,8 @@ def report() -> None:
     """Print the table of ratios."""
     factors = sorted({row["factor"] for row in rows()}, key=float)
     print("| GAN | rate of the generator | seeds | FID without |", end="")
-    print(" | ".join(CALLBACKS[1:]), "|\n|", "---|" * (4 + len(CALLBACKS) - 1), sep="")
+    names = (*CALLBACKS[1:], *OTHERS)
+    print(" | ", " | ".join(names), " |\n|", "---|" * (4 + len(names)), sep="")
     for gan in GANS:
         for factor in factors:
             plain = [
@@ -376,7 +379,7 @@ def report() -> None:
             if not plain:
                 continue
             texts = []
-            for name in CALLBACKS[1:]:
+            for name in names:
                 at_updates, at_time, _ = ratios(gan, factor, name)
                 texts.append(
                     f"{statistics.median(at_updates):.2f}; {statistics.median(at_time):.2f}"
@@ -387,7 +390,7 @@ def report() -> None:
             print(head + " | ".join(texts), "|")
 
 
-def main(root: str, seconds: float, seeds: int, factors: list[float]) -> None:
+def main(root: str, seconds: float, seeds: int, factors: list[float], others: bool) -> None:
     """Run what is not there yet."""
     torch.set_num_threads(1)
     keep_memory()
@@ -402,7 +405,7 @@ def main(root: str, seconds: float, seeds: int, factors: list[float]) -> None:
     for seed in range(seeds):
         for factor in factors:
             for gan in GANS:
-                for name in CALLBACKS:
+                for name in OTHERS if others else CALLBACKS:
                     base = {"gan": gan, "factor": factor, "callback": name, "seed": seed}
                     if cell(base) in done:
                         continue
@@ -416,9 +419,10 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=45)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--factors", type=float, nargs="*", default=[1.0])
+    parser.add_argument("--others", action="store_true")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
         report()
     else:
-        main(args.data, args.seconds, args.seeds, args.factors)
+        main(args.data, args.seconds, args.seeds, args.factors, args.others)

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.kernels import Kernel
-from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased, mmd2_with_error
 from lightning_mmd.passes import copy_network, embed
 from lightning_mmd.points import gram_dtype, require_tensors
 from lightning_mmd.wide import widen
@@ -42,11 +42,14 @@ class MaximumMeanDiscrepancy(Metric):
         block_size: Rows of the kernel matrix in memory at a time, as in `mmd2_unbiased`.
         reset_real_samples: False keeps the real samples when `reset` is called, so that several
             models can be compared with one real set.
+        with_error: Whether the value is a dictionary of ``mmd2`` and ``mmd2_error``, its standard
+            error as in `mmd2_with_error`. It costs nothing more, and needs the U-statistic.
         **kwargs: Of `torchmetrics.Metric`, for example ``sync_on_compute``.
 
     Raises:
-        ValueError: From `update`, where samples differ in shape; from `compute`, where a side has
-            fewer than 2 samples (unbiased) or none (biased).
+        ValueError: If a standard error is asked for of the V-statistic; from `update`, where
+            samples differ in shape; from `compute`, where a side has fewer than 2 samples
+            (unbiased) or none (biased).
         TypeError: If `kernel` is not a `Kernel`; from `update`, where samples are not floating
             point.
 
@@ -77,6 +80,7 @@ class MaximumMeanDiscrepancy(Metric):
         unbiased: bool = True,
         block_size: int = 2048,
         reset_real_samples: bool = True,
+        with_error: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -85,8 +89,14 @@ class MaximumMeanDiscrepancy(Metric):
                 f"a discrepancy needs a kernel such as Gaussian(bandwidth), got {kernel!r}. Others "
                 "are in lightning_mmd.kernels; your own derives from Kernel."
             )
+        if with_error and not unbiased:
+            raise ValueError(
+                "the standard error is that of the U-statistic: set unbiased=True, or "
+                "with_error=False."
+            )
         self.kernel = kernel
         self.unbiased = unbiased
+        self.with_error = with_error
         self.block_size = block_size
         self.reset_real_samples = reset_real_samples
         # A tuple hides the copy from nn.Module: it is no submodule, so it has no parameters here.
@@ -124,8 +134,11 @@ class MaximumMeanDiscrepancy(Metric):
                 )
         (self.real if real else self.fake).append(samples)
 
-    def compute(self) -> Tensor:
-        """Return MMD^2 over everything seen by all processes, a scalar (float64, but on MPS)."""
+    def compute(self) -> Any:
+        """Return MMD^2 over everything seen by all processes, a scalar (float64, but on MPS).
+
+        With ``with_error``, a dictionary of it and its standard error.
+        """
         minimum = 2 if self.unbiased else 1
         # Lists of batches; after synchronisation each is one tensor.
         n, m = (
@@ -140,6 +153,11 @@ class MaximumMeanDiscrepancy(Metric):
             )
         real, fake = dim_zero_cat(self.real), dim_zero_cat(self.fake)
         dtype = torch.promote_types(real.dtype, fake.dtype)
+        if self.with_error:
+            found = mmd2_with_error(
+                real.to(dtype), fake.to(dtype), self.kernel, block_size=self.block_size
+            )
+            return {"mmd2": found.value, "mmd2_error": found.std_error}
         estimator = mmd2_unbiased if self.unbiased else mmd2_biased
         value = estimator(real.to(dtype), fake.to(dtype), self.kernel, block_size=self.block_size)
         return widen(value)

@@ -165,7 +165,9 @@ class MMD2Estimate:
 
 
 @torch.no_grad()
-def mmd2_with_error(x: Tensor, y: Tensor, kernel: Kernel) -> MMD2Estimate:
+def mmd2_with_error(
+    x: Tensor, y: Tensor, kernel: Kernel, *, block_size: int = 2048
+) -> MMD2Estimate:
     r"""Return the unbiased estimate of MMD^2 with its standard error.
 
     With mu_x(t) = E k(x, t) and so on, the Hoeffding decomposition of the U-statistic U is
@@ -177,12 +179,13 @@ def mmd2_with_error(x: Tensor, y: Tensor, kernel: Kernel) -> MMD2Estimate:
     `relative_similarity_test`: by the sample variances of the witness less S, and by no less than
     S. U is about normal where the distributions differ by more than a few standard errors; where
     they agree it is not (see `two_sample_test`), and the standard error is conservative there. Cost
-    and memory O((n + m)^2).
+    O((n + m)^2), memory O(block_size (n + m)).
 
     Args:
         x: Target sample of shape (n, ...), n >= 2; trailing dimensions are flattened.
         y: Model sample of shape (m, ...), m >= 2, of the same trailing shape, dtype and device.
         kernel: The kernel k.
+        block_size: Rows of the kernel matrix in memory at a time, >= 1.
 
     Returns:
         The estimate of `mmd2_unbiased` and its standard error.
@@ -205,14 +208,17 @@ def mmd2_with_error(x: Tensor, y: Tensor, kernel: Kernel) -> MMD2Estimate:
         True
     """
     x, y = _paired("mmd2_with_error", x, y, min_samples=2)
-    xx, yy, xy = widen(kernel(x, x)), widen(kernel(y, y)), widen(kernel(x, y))
+    if block_size < 1:
+        raise ValueError(f"MMD^2 needs block_size >= 1, got {block_size}.")
     n, m = len(x), len(y)
-    at_x, at_y = _mean_of_others(xx) - xy.mean(1), _mean_of_others(yy) - xy.mean(0)
+    xx, yy = _Sums(kernel, x, x, block_size), _Sums(kernel, y, y, block_size)
+    xy = _Sums(kernel, x, y, block_size)
+    at_x, at_y = xx.of_others - xy.rows / m, yy.of_others - xy.columns / n
     first_order = 4 * (at_x.var() / n + at_y.var() / m)
     second_order = (
-        2 * _centred_variance(xx, within=True) / (n * (n - 1))
-        + 2 * _centred_variance(yy, within=True) / (m * (m - 1))
-        + 4 * _centred_variance(xy) / (n * m)
+        2 * xx.centred_within / (n * (n - 1))
+        + 2 * yy.centred_within / (m * (m - 1))
+        + 4 * xy.centred / (n * m)
     )
     variance = torch.maximum(first_order - second_order, second_order)
     return MMD2Estimate((at_x.mean() + at_y.mean()).item(), variance.sqrt().item())
@@ -484,3 +490,45 @@ def _centred_variance(gram: Tensor, within: bool = False) -> Tensor:
     centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     squares = centred.square()
     return _mean_of_others(squares).mean() if within else squares.mean()
+
+
+class _Sums:
+    """Sums of a Gram matrix (n, m) and of its squares, of some rows at a time.
+
+    Attributes:
+        rows: Sums of the rows, (n,).
+        columns: Sums of the columns, (m,).
+    """
+
+    def __init__(self, kernel: Kernel, x: Tensor, y: Tensor, block_size: int) -> None:
+        rows, columns, squares, diagonals, start = [], [], [], [], 0
+        for block in x.split(block_size):
+            gram = widen(kernel(block, y))
+            rows.append(gram.sum(1))
+            columns.append(gram.sum(0))
+            squares.append(gram.square().sum())
+            diagonals.append(gram.diagonal(start))  # of no meaning between two samples
+            start += len(block)
+        self.rows, self._diagonal = torch.cat(rows), torch.cat(diagonals)
+        self.columns, self._squares = torch.stack(columns).sum(0), torch.stack(squares).sum()
+        self._size = len(x) * len(y)
+        self._row_means, self._column_means = self.rows / len(y), self.columns / len(x)
+        self._mean = self.rows.sum() / self._size
+
+    @property
+    def of_others(self) -> Tensor:
+        """Mean of k(x_i, x_j) over j != i, (n,)."""
+        return (self.rows - self._diagonal) / (len(self.rows) - 1)
+
+    @property
+    def centred(self) -> Tensor:
+        """Mean square of the doubly centred matrix."""
+        means = self._row_means.square().mean() + self._column_means.square().mean()
+        return (self._squares / self._size - means + self._mean.square()).clamp_min(0)
+
+    @property
+    def centred_within(self) -> Tensor:
+        """Mean square of the doubly centred matrix off its diagonal."""
+        on_diagonal = (self._diagonal - self._row_means - self._column_means + self._mean).square()
+        n = len(self.rows)
+        return (self.centred * n**2 - on_diagonal.sum()).clamp_min(0) / (n * (n - 1))

@@ -97,12 +97,13 @@ def test_scores_are_those_of_the_samples(folder, capsys):
     model = MMDGAN.load_from_checkpoint(checkpoint, weights_only=True)
     fake = model.sample(300, model.fixed_latents(300, 0))
     metrics = FeatureMetrics(ClassifierFeatures(folder / "judge.ckpt"))
-    plain = MaximumMeanDiscrepancy(PixelKernel())
+    plain = MaximumMeanDiscrepancy(PixelKernel(), with_error=True)
     for metric in (metrics, plain):
         metric.update(real, real=True)
         metric.update(fake, real=False)
-    expected = {**metrics.compute(), "mmd2": plain.compute()}
-    assert report["scores"].keys() == {"kid", "kid_std", "precision", "recall", "mmd2"}
+    expected = {**metrics.compute(), **plain.compute()}
+    names = {"kid", "kid_std", "precision", "recall", "mmd2", "mmd2_error"}
+    assert report["scores"].keys() == names
     for name, value in report["scores"].items():
         assert value == pytest.approx(float(expected[name]), rel=1e-4), name
     assert abs(report["floors"]["kid"]) < 0.05 * report["scores"]["kid"]  # real against real

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_mmd.kernels import Gaussian, RationalQuadratic, SumKernel
 from lightning_mmd.metrics import MaximumMeanDiscrepancy
-from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased, mmd2_with_error
 
 KERNEL = SumKernel([RationalQuadratic(0.5, bandwidth=2.0), Gaussian(bandwidth=1.5)])
 
@@ -39,6 +39,16 @@ def test_streamed_value_is_that_of_the_concatenation(unbiased):
     assert value.dtype == torch.float64
     assert value.shape == ()
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_standard_error_comes_with_the_value_on_request():
+    x, y = draw(9, 4), draw(7, 4, seed=1, shift=0.5)
+    metric = MaximumMeanDiscrepancy(Gaussian(2.0), with_error=True)
+    stream(metric, x, y, (4, 5), (7,))
+    expected = mmd2_with_error(x, y, Gaussian(2.0))
+    assert metric.compute() == {"mmd2": expected.value, "mmd2_error": expected.std_error}
+    with pytest.raises(ValueError, match="standard error is that of the U-statistic"):
+        MaximumMeanDiscrepancy(Gaussian(2.0), unbiased=False, with_error=True)
 
 
 def test_value_of_a_hand_calculation():

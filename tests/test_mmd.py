@@ -481,3 +481,27 @@ def test_standard_error_of_mmd2(shift, sizes):
     else:
         assert estimated == pytest.approx(spread, rel=0.08)
     assert results[-1].value == pytest.approx(mmd2_unbiased(x, y + shift, kernel).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 7, 100])
+def test_standard_error_in_blocks_is_that_of_whole_gram_matrices(block_size):
+    generator = torch.Generator().manual_seed(5)
+    x, y = randn_like(generator, 11, 3), randn_like(generator, 7, 3) + 0.3
+    xx, yy, xy = (Gaussian(1.2)(a, b) for a, b in ((x, x), (y, y), (x, y)))
+    n, m = 11, 7
+
+    def others(gram):
+        return (gram.sum(1) - gram.diagonal()) / (len(gram) - 1)
+
+    def centred(gram, within):
+        squares = (gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()).square()
+        return others(squares).mean() if within else squares.mean()
+
+    first = 4 * (others(xx) - xy.mean(1)).var() / n + 4 * (others(yy) - xy.mean(0)).var() / m
+    second = 2 * centred(xx, True) / (n * (n - 1)) + 2 * centred(yy, True) / (m * (m - 1))
+    second = second + 4 * centred(xy, False) / (n * m)
+    found = mmd2_with_error(x, y, Gaussian(1.2), block_size=block_size)
+    expected = torch.maximum(first - second, second).sqrt().item()
+    assert found.std_error == pytest.approx(expected, rel=1e-11)
+    with pytest.raises(ValueError, match="block_size >= 1, got 0"):
+        mmd2_with_error(x, y, Gaussian(), block_size=0)

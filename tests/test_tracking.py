@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mmd.callbacks import MMDTracker
 from lightning_mmd.kernels import RationalQuadratic, SumKernel
-from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased
+from lightning_mmd.mmd import mmd2_biased, mmd2_unbiased, mmd2_with_error
 
 KERNEL = SumKernel([RationalQuadratic(a, bandwidth=4.0) for a in (0.5, 2.0)])
 
@@ -237,7 +237,15 @@ def test_logs_share_the_axis_and_say_what_is_measured(tmp_path):
     trainer.fit(TinyGenerator(), train, held_out)
     logged = [(step, metrics) for step, metrics in logger.scalars if "val/mmd2" in metrics]
     assert logged == [
-        (entry["step"], {"val/mmd2": entry["mmd2"], "val/mmd2_real": tracker.floor})
+        (
+            entry["step"],
+            {
+                "val/mmd2": entry["mmd2"],
+                "val/mmd2_error": entry["mmd2_error"],
+                "val/mmd2_real": tracker.floor,
+                "val/mmd2_error_real": tracker.floors["mmd2_error"],
+            },
+        )
         for entry in tracker.history
     ]
     (measured,) = (p["val/mmd2"] for p in logger.hyperparameters if p and "val/mmd2" in p)
@@ -303,8 +311,11 @@ def test_validate_and_test_alone_measure_once(tmp_path):
         (result,) = getattr(trainer, run)(model, held_out, verbose=False)
         fake = model(torch.cat([latents for _, latents in model.drawn]))
         assert len(fake) == 11
-        expected = mmd2_unbiased(held_out.dataset.tensors[0], fake, KERNEL)
-        assert result == {key: pytest.approx(expected.item(), rel=1e-12)}
+        expected = mmd2_with_error(held_out.dataset.tensors[0], fake, KERNEL)
+        assert result == {
+            key: pytest.approx(expected.value, rel=1e-12),
+            key + "_error": pytest.approx(expected.std_error, rel=1e-12),
+        }
     assert tracker.history == []
 
 

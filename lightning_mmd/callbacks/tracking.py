@@ -25,7 +25,8 @@ class MMDTracker(HeldOutTracker):
     samples and embeds its share; the values are those of one process.
 
     Logged on the axis of generator updates: ``val/mmd2`` (also shown in the progress bar, and a
-    valid ``monitor`` of ModelCheckpoint) and the floor ``val/mmd2_real``; once, as hyperparameters
+    valid ``monitor`` of ModelCheckpoint), its standard error ``val/mmd2_error`` (U-statistic only,
+    see `mmd2_with_error`), and the floor ``val/mmd2_real`` with its own; once, as hyperparameters
     (text in TensorBoard), what is measured: kernel, estimator, sample sizes, value range.
     ``trainer.validate`` and ``trainer.test`` alone log ``val/mmd2`` and ``test/mmd2`` against their
     own data, once.
@@ -51,8 +52,8 @@ class MMDTracker(HeldOutTracker):
         sampler: See there.
 
     Attributes:
-        history: One dictionary a measurement: ``step`` (generator updates), ``mmd2`` and
-            ``seconds`` (that it took).
+        history: One dictionary a measurement: ``step`` (generator updates), ``mmd2``,
+            ``mmd2_error`` (unbiased only) and ``seconds`` (that it took).
         start: First value of the run, None before. A resumed run keeps it.
         last: Newest value, None before.
         floor: Real-vs-real value, None before or without one.
@@ -95,6 +96,7 @@ class MMDTracker(HeldOutTracker):
                 features=features,
                 unbiased=unbiased,
                 reset_real_samples=False,
+                with_error=unbiased,
             ),
             every_n_steps,
             num_real,
@@ -126,7 +128,7 @@ class MMDTracker(HeldOutTracker):
         return self.floors.get("mmd2")
 
     def key(self, split: str, score: str) -> str:
-        return f"{split}/{self.name}"
+        return f"{split}/{score.replace('mmd2', self.name)}"
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,7 @@ from lightning_mmd.pixel_kernel import PixelKernel
 
 __all__ = ["evaluate", "score", "score_classes"]
 
-_ORDER = ("fid", "kid", "kid_std", "precision", "recall", "mmd2")
+_ORDER = ("fid", "kid", "kid_std", "precision", "recall", "mmd2", "mmd2_error")
 
 
 def evaluate(
@@ -121,13 +121,13 @@ def score(
         The scores of each side, by name.
     """
     embedded = FeatureMetrics(features, seed=seed, reset_real_samples=False)
-    plain = MaximumMeanDiscrepancy(PixelKernel(), reset_real_samples=False)
+    plain = MaximumMeanDiscrepancy(PixelKernel(), reset_real_samples=False, with_error=True)
     metrics = embedded, plain
     _update(metrics, real, batch_size, real=True)
     found = []
     for samples in sides:
         _update(metrics, samples, batch_size, real=False)
-        values = {**embedded.compute(), "mmd2": plain.compute()}
+        values = {**embedded.compute(), **plain.compute()}
         found.append({name: float(values[name]) for name in _ORDER if name in values})
         for metric in metrics:
             metric.reset()
