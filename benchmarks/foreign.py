@@ -48,8 +48,8 @@ FIELDS = [
     "gan", "factor", "callback", "seed", "updates", "seconds", "fid", "kid", "end", "commit",
     "torch", "processor", "date",
 ]  # fmt: skip
-CALLBACKS = ("none", "parametric", "slope", "proximal_1000", "noise_0.1")
-OTHERS = ("proximal_10", "proximal_100", "noise_0.03")  # with --others: fewer seeds
+CALLBACKS = ("none", "parametric", "slope", "proximal_1000", "noise_0.03")
+OTHERS = ("proximal_10", "proximal_100", "noise_0.1")  # with --others: fewer seeds
 SAMPLES = 5000
 
 

@@ -57,8 +57,7 @@ class ClassFeatures(nn.Module):
     projection discriminator. Samples of all classes share h, so that a batch of 64 is not ten
     batches of six. The e_y are standard normal: on average over them the kernel between (x, y) and
     (x', y') is (1 + 1[y = y']) <h(x), h(x')>, where `ClassProductFeatures` leaves nothing between
-    different classes. Learned, they follow gradients of the few samples of one class; measured on
-    MNIST that makes the samples of a class alike (``benchmarks/README.md``).
+    different classes. Learned ones measured about as well on MNIST (``benchmarks/README.md``).
 
     Args:
         features: Network h from samples (n, ...) to (n, num_features).
