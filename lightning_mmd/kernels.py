@@ -22,8 +22,8 @@ from lightning_mmd.points import (
     require_tensors,
     squared_distances,
     wide_squared_distances,
-    widened,
 )
+from lightning_mmd.wide import widen_on_device
 
 __all__ = [
     "Energy",
@@ -377,7 +377,7 @@ class Energy(Kernel):
         return self._wide_diagonal(x).to(gram_dtype(x))
 
     def _wide_diagonal(self, x: Tensor) -> Tensor:
-        return power(widened(x).square().sum(1), self.exponent / 2)
+        return power(widen_on_device(x).square().sum(1), self.exponent / 2)
 
 
 @dataclass(frozen=True)
@@ -614,7 +614,7 @@ def median_bandwidth(x: Tensor, y: Tensor | None = None, max_samples: int = 1000
             "median_bandwidth needs finite points, got NaN or infinite values. Remove them: "
             "x[x.flatten(1).isfinite().all(1)]."
         )
-    points = widened(pooled.flatten(1))
+    points = widen_on_device(pooled.flatten(1))
     distances = torch.pdist(points) if num > 1 else points.new_empty(0)
     distances = distances[distances > 0]
     if len(distances) == 0:

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mmd.wide import widen_on_device
+
 __all__ = [
     "check_points",
     "gram_dtype",
-    "has_float64",
     "inner_products",
     "power",
     "require_positive",
     "require_steps",
     "require_tensors",
     "squared_distances",
-    "wide_dtype",
     "wide_squared_distances",
-    "widened",
 ]
 
 
@@ -64,26 +63,6 @@ def require_steps(name: str, num_steps: int) -> None:
 def gram_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of kernel values of a sample: its own, but float32 for half precision."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def has_float64(device: torch.device) -> bool:
-    """Return whether a device can convert to float64; Apple's MPS cannot."""
-    try:
-        torch.zeros(1, dtype=torch.float32, device=device).double()
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype to accumulate in: float64, or float32 on devices that have no float64."""
-    wide = x.dtype == torch.float64 or has_float64(x.device)
-    return torch.float64 if wide else torch.float32
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return a tensor in the dtype to accumulate in."""
-    return x.to(wide_dtype(x))
 
 
 def check_points(x: Tensor, y: Tensor) -> None:
@@ -133,7 +112,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def wide_squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return :func:`squared_distances` in the precision that they are formed in."""
     check_points(x, y)
-    x, y = widened(x), widened(y)
+    x, y = widen_on_device(x), widen_on_device(y)
     centre = (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
     x, y = x - centre, y - centre
     norms = x.square().sum(1)[:, None] + y.square().sum(1)

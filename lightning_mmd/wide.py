@@ -3,7 +3,22 @@
 import torch
 from torch import Tensor
 
-__all__ = ["to_like", "wide_sum", "widen"]
+__all__ = ["has_float64", "to_like", "wide_sum", "widen", "widen_on_device"]
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device can convert to float64; Apple's MPS cannot."""
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device).double()
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def widen_on_device(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, or in float32 where its device has no float64."""
+    wide = tensor.dtype == torch.float64 or has_float64(tensor.device)
+    return tensor.to(torch.float64 if wide else torch.float32)
 
 
 def widen(tensor: Tensor) -> Tensor:

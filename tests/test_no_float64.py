@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from tiny import NoDouble
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_mmd import (
     Energy,
@@ -21,19 +20,7 @@ from lightning_mmd import (
     two_sample_test,
 )
 from lightning_mmd.kernels import median_bandwidth
-from lightning_mmd.points import has_float64
-
-
-class NoDouble(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given, made = (
-            {t.dtype for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
-            for tree in ((args, kwargs), result)
-        )
-        if torch.float32 in given and torch.float64 in made:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return result
+from lightning_mmd.wide import has_float64
 
 
 def samples(num):

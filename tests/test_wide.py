@@ -4,10 +4,8 @@ import pytest
 import torch
 from foreign import SHAPE
 from test_observing import GAN
-from tiny import ascent, closed_form, quiet_trainer
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import NoDouble, ascent, closed_form, quiet_trainer
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mmd import (
@@ -29,18 +27,6 @@ from lightning_mmd import (
 from lightning_mmd.wide import wide_sum, widen
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*but have no `validation_step`:UserWarning")
-
-
-class NoDouble(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        before, after = (
-            {leaf.dtype for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-            for tree in ((args, kwargs), result)
-        )
-        if torch.float32 in before and torch.float64 in after:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return result
 
 
 @pytest.fixture(autouse=True)

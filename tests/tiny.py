@@ -2,7 +2,10 @@
 
 from dataclasses import fields
 
+import torch
 from lightning.pytorch import Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_mmd import MMDGAN, Batch, ClosedForm, GradientAscent
 
@@ -43,3 +46,17 @@ def quiet_trainer(path, **kwargs):
         "default_root_dir": path,
     }
     return Trainer(**(defaults | kwargs))
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without float64, such as Apple's MPS: whatever makes float64 of float32 fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {leaf.dtype for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+            for tree in ((args, kwargs), result)
+        )
+        if torch.float32 in given and torch.float64 in made:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return result
