@@ -28,7 +28,7 @@ FLOORS = {
     "passes": 1,
     "reach": 1,
     "verdicts": 1,
-    "wide": 0,
+    "wide": -1,
     "estimators": 2,
     "features": 2,
     "game": 2,
