@@ -1,13 +1,13 @@
 """What each stabiliser gives to each rule, and at which learning rates: digits and MNIST.
 
-    OMP_NUM_THREADS=1 python benchmarks/ablation.py ablation DATA --data digits --seeds 5
-    OMP_NUM_THREADS=1 python benchmarks/ablation.py ablation DATA --data MNIST --seeds 3
+    OMP_NUM_THREADS=1 python benchmarks/ablation.py ablation DATA --data digits
+    OMP_NUM_THREADS=1 python benchmarks/ablation.py ablation DATA --data MNIST
     OMP_NUM_THREADS=1 python benchmarks/ablation.py rates DATA
     OMP_NUM_THREADS=1 python benchmarks/ablation.py long DATA
     python benchmarks/ablation.py report
 
 A run is an `MMDGAN` under Lightning with constant learning rates: the networks of `configs/`, batch
-64, a `ConvergenceMonitor` that looks every 50 updates. It trains for some processor seconds of one
+64, a `ConvergenceMonitor` that looks every 15 updates. It trains for some processor seconds of one
 thread (all but scoring), or for a number of updates. The averaged generator (weight 0.01) is scored
 by features that nothing trained on: FID and KID of `judge.py` on MNIST's test images, KID of
 `DigitsFeatures` on the digits' test images; beside it MMD^2 in pixels, and what the rule and the
@@ -321,7 +321,7 @@ def run(data: Data, base: dict[str, Any], rates: tuple[float, float], **budget: 
         return
     rule = CELLS[base["rule"]][base["stabiliser"]]()
     model = data.model(rule, rates, base["seed"])
-    monitor = ConvergenceMonitor(every_n_steps=50, num_samples=128, kernel=data.kernel)
+    monitor = ConvergenceMonitor(every_n_steps=15, num_samples=128, kernel=data.kernel)
     marks = Marks(data, base, monitor, **budget)
     callbacks: list[Callback] = [monitor, marks]
     if "noise" in base["stabiliser"]:
@@ -395,7 +395,7 @@ if __name__ == "__main__":
     parser.add_argument("study", choices=["ablation", "rates", "long", "report"])
     parser.add_argument("root", nargs="?", default="data")
     parser.add_argument("--data", default="digits", choices=["digits", "MNIST"])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--updates", type=int, default=20_000)
     args = parser.parse_args()
@@ -405,10 +405,10 @@ if __name__ == "__main__":
     logging.getLogger("lightning_mmd").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec|.*kinks")
     if args.study == "ablation":
-        default = 12 if args.data == "digits" else 45
+        default = 10 if args.data == "digits" else 30
         ablation(args.root, args.data, args.seeds, args.seconds or default)
     elif args.study == "rates":
-        grid(args.root, args.seconds or 8)
+        grid(args.root, args.seconds or 6)
     elif args.study == "long":
         long(args.root, args.updates)
     else:

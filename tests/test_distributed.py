@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import gan
@@ -29,6 +29,7 @@ from lightning_mmd.data import SampleDataModule, TensorSamples
 from lightning_mmd.networks import MLPFeatures, MLPGenerator
 from lightning_mmd.noise import AdaptiveNoise, ConstantNoise
 from lightning_mmd.passes import seeded
+from lightning_mmd.processes import together
 
 NUM_STEPS, BATCH = 6, 8
 
@@ -258,3 +259,30 @@ def test_a_batch_with_nan_on_one_process_stops_all_with_one_message(rule, tmp_pa
     model = make_model(NaNOnOneRank, rule=rule)
     with pytest.raises(ProcessRaisedException, match="real data holds NaN or infinite"):
         fit(model, tmp_path, 2, "ddp_fork")
+
+
+class FailsOnOneRank(Callback):
+    """Reads something on each process; one cannot, the other would wait in the next collective."""
+
+    def __init__(self, folder, rank):
+        self.folder, self.rank = folder, rank
+
+    def on_train_start(self, trainer, pl_module):
+        try:
+            with together(trainer):
+                if trainer.global_rank == self.rank:
+                    raise OSError("a file of rank's own")
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            (self.folder / f"told{trainer.global_rank}").write_text(told)
+            raise
+        trainer.strategy.barrier()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_process_stops_all(rank, tmp_path):
+    with pytest.raises(ProcessRaisedException, match=r"a file of rank's own|another process"):
+        fit(make_model(MMDGAN), tmp_path, 2, "ddp_fork", [FailsOnOneRank(tmp_path, rank)])
+    told = {r: (tmp_path / f"told{r}").read_text() for r in range(2)}
+    assert told[rank] == "OSError: a file of rank's own"
+    assert told[1 - rank] == "RuntimeError: another process has failed; its error says why."
