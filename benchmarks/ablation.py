@@ -4,7 +4,6 @@
     OMP_NUM_THREADS=1 python benchmarks/ablation.py ablation DATA --data MNIST
     OMP_NUM_THREADS=1 python benchmarks/ablation.py rates DATA
     OMP_NUM_THREADS=1 python benchmarks/ablation.py long DATA
-    python benchmarks/ablation.py report
 
 A run is an `MMDGAN` under Lightning with constant learning rates: the networks of `configs/`, batch
 64, a `ConvergenceMonitor` that looks every 15 updates. It trains for some processor seconds of one
@@ -13,8 +12,8 @@ by features that nothing trained on: FID and KID of `judge.py` on MNIST's test i
 `DigitsFeatures` on the digits' test images; beside it MMD^2 in pixels, and what the rule and the
 monitor say. Each score is a row of `results/ablation.csv`; runs that are there are skipped.
 
-``rates`` is a grid of 4 x 4 learning rates on digits, ``long`` 20,000 updates on digits (closed
-form 4,000) at twice the rates.
+`evidence_report.py` makes the tables. ``rates`` is a grid of 4 x 4 learning rates, ``long``
+20,000 updates (closed form 4,000) at twice the rates, both on digits.
 """
 
 import argparse
@@ -392,7 +391,7 @@ def long(root: str, updates: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", choices=["ablation", "rates", "long", "report"])
+    parser.add_argument("study", choices=["ablation", "rates", "long"])
     parser.add_argument("root", nargs="?", default="data")
     parser.add_argument("--data", default="digits", choices=["digits", "MNIST"])
     parser.add_argument("--seeds", type=int, default=3)
@@ -409,9 +408,5 @@ if __name__ == "__main__":
         ablation(args.root, args.data, args.seeds, args.seconds or default)
     elif args.study == "rates":
         grid(args.root, args.seconds or 6)
-    elif args.study == "long":
-        long(args.root, args.updates)
     else:
-        from ablation_report import report
-
-        report()
+        long(args.root, args.updates)

@@ -2,15 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA
     OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA --seeds 1 --factors 0.25 4
-    python benchmarks/foreign.py --report
 
 Four GANs as other people write them, on MNIST, each with none and with one of the callbacks that
 act on training. The pictures of one seed are the same images in the same order, from the same
 weights. A run trains for some processor seconds of one thread, all but scoring. The judge
 (`judge.py`, test images) scores 5,000 samples of the averaged generator (weight 0.01) every so many
 updates and at the end. Each score is a row of `results/foreign.csv`; runs that are there are
-skipped. ``--report`` prints the median over seeds of FID with a callback over FID without, at equal
-updates (the last that both have) and at equal time.
+skipped. `evidence_report.py` makes the table.
 """
 
 import argparse
@@ -19,7 +17,6 @@ import csv
 import datetime
 import logging
 import platform
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -340,56 +337,6 @@ def run(base: dict[str, Any], seconds: float, images: Tensor, judge: Judge) -> N
     trainer.fit(module, DataLoader(data, batch_size=None))
 
 
-def ratios(gan: str, factor: str, callback: str, score: str = "fid") -> tuple[list, list, list]:
-    """Return a score with a callback over that without, of each seed.
-
-    Returns:
-        At equal updates, at equal time, and the numbers of updates of the first.
-    """
-    table: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
-    for row in rows():
-        if (row["gan"], row["factor"]) == (gan, factor):
-            key = row["callback"], row["seed"]
-            table.setdefault(key, {})[int(row["updates"])] = row
-    at_updates, at_time, updates = [], [], []
-    for (name, seed), runs in sorted(table.items()):
-        plain = table.get(("none", seed))
-        if name != callback or plain is None:
-            continue
-        shared = max(set(runs) & set(plain))
-        updates.append(shared)
-        at_updates.append(float(runs[shared][score]) / float(plain[shared][score]))
-        last, other = runs[max(runs)], plain[max(plain)]
-        at_time.append(float(last[score]) / float(other[score]))
-    return at_updates, at_time, updates
-
-
-def report() -> None:
-    """Print the table of ratios."""
-    factors = sorted({row["factor"] for row in rows()}, key=float)
-    print("| GAN | rate of the generator | seeds | FID without |", end="")
-    names = (*CALLBACKS[1:], *OTHERS)
-    print(" | ", " | ".join(names), " |\n|", "---|" * (4 + len(names)), sep="")
-    for gan in GANS:
-        for factor in factors:
-            plain = [
-                float(row["fid"]) for row in rows()
-                if cell(row)[:3] == (gan, factor, "none") and row["end"]
-            ]  # fmt: skip
-            if not plain:
-                continue
-            texts = []
-            for name in names:
-                at_updates, at_time, _ = ratios(gan, factor, name)
-                texts.append(
-                    f"{statistics.median(at_updates):.2f}; {statistics.median(at_time):.2f}"
-                    if at_updates
-                    else ""
-                )
-            head = f"| {gan} | x {factor} | {len(plain)} | {statistics.median(plain):.0f} | "
-            print(head + " | ".join(texts), "|")
-
-
 def main(root: str, seconds: float, seeds: int, factors: list[float], others: bool) -> None:
     """Run what is not there yet."""
     torch.set_num_threads(1)
@@ -415,14 +362,10 @@ def main(root: str, seconds: float, seeds: int, factors: list[float], others: bo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="?")
+    parser.add_argument("data")
     parser.add_argument("--seconds", type=float, default=45)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--factors", type=float, nargs="*", default=[1.0])
     parser.add_argument("--others", action="store_true")
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
-    if args.report:
-        report()
-    else:
-        main(args.data, args.seconds, args.seeds, args.factors, args.others)
+    main(args.data, args.seconds, args.seeds, args.factors, args.others)

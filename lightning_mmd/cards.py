@@ -20,17 +20,18 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         The text of ``README.md``. What is not known is said to be not known.
     """
     name = facts.get("name", "FOLDER_OR_NAME")
+    labelled = "LabelledLatents" in json.dumps(config["hyper_parameters"].get("latents"))
     header = [
         "---",
         "library_name: lightning-mmd",
         *([f"license: {facts['licence']}"] if "licence" in facts else []),
-        "pipeline_tag: unconditional-image-generation",
+        *([] if labelled else ["pipeline_tag: unconditional-image-generation"]),
         "tags: [mmd-gan, gan, pytorch, lightning]",
         "---",
     ]
     parts = [
         f"# {facts.get('title', 'Weights of an MMD GAN')}",
-        _use(name),
+        _use(name, labelled),
         "## Made by\n\n" + _recipe(config, facts),
         "## Scores\n\n" + _scores(facts.get("report")),
         "## Data and licence\n\n" + _licence(facts),
@@ -41,11 +42,13 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "\n".join(header) + "\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _use(name: str) -> str:
+def _use(name: str, labelled: bool) -> str:
+    in_python, option = (", labels=3", " --labels 0,1,2") if labelled else ("", "")
     return (
         "```python\nfrom lightning_mmd import MMDGAN\n\n"
-        f'model = MMDGAN.from_pretrained("{name}")\nimages = model.sample(64)\n```\n\n'
-        f"or `lightning-mmd sample --pretrained {name} --output samples.png`."
+        f'model = MMDGAN.from_pretrained("{name}")\n'
+        f"images = model.sample(64{in_python})\n```\n\n"
+        f"or `lightning-mmd sample --pretrained {name}{option} --output samples.png`."
     )
 
 
@@ -67,11 +70,18 @@ def _scores(report: Mapping[str, Any] | None) -> str:
         f"| {score} | {value:.4g} | {report['floors'][score]:.4g} |"
         for score, value in report["scores"].items()
     ]
+    asked = report.get("asked_for")
     return (
         f"{report['num_samples']} samples against {report['num_real']} {report['split']} images of "
         f"{report['data']}, in features of {report['features']} (MMD^2: of the pixels). "
         "Beside each score, that of as many training images.\n\n"
-        "| score | samples | real images |\n|---|---|---|\n" + "\n".join(rows)
+        "| score | samples | real images |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + (
+            f"\n\nThe judge sees the class that was asked for in {asked:.1%} of the samples."
+            if asked is not None
+            else ""
+        )
     )
 
 

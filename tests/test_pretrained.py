@@ -197,14 +197,15 @@ def test_a_missing_package_is_named(module, call, cure, model, monkeypatch):
         call(model)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", ["digits", "mnist", "mnist_conditional"])
 def test_the_packages_own_weights_sample(name, tmp_path):
     assert name in packaged()
     home = Path(pretrained.__file__).parent / "weights" / name
     assert sum(file.stat().st_size for file in home.iterdir()) < 500_000
     card = (home / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
-    assert header["license"] == {"digits": "cc-by-4.0", "mnist": "cc-by-sa-3.0"}[name]
+    assert header["license"] == ("cc-by-4.0" if name == "digits" else "cc-by-sa-3.0")
+    assert ("pipeline_tag" in header) is (name != "mnist_conditional")
     assert "| kid |" in card
     run(["sample", "--pretrained", name, "--output", "out.png"])
     picture = torch.tensor(list(Image.open("out.png").convert("L").tobytes())).float()
@@ -214,6 +215,21 @@ def test_the_packages_own_weights_sample(name, tmp_path):
     values = MMDGAN.from_pretrained(name).sample(64)
     assert values.mean() < -0.2
     assert values.max() > 0.9
+
+
+def test_the_packages_own_weights_draw_the_digit_that_is_asked_for():
+    """Zeros have a hole and ones have little ink: no trained judge is needed to tell them."""
+    model = MMDGAN.from_pretrained("mnist_conditional")
+    ink = [(model.sample(64, labels=label) > 0).float() for label in range(10)]
+    assert min(part.mean() for part in ink) == ink[1].mean()
+    middle = [part[:, :, 12:16, 12:16].mean() for part in ink]
+    assert min(middle) == middle[0] < 0.1
+    run(["sample", "--pretrained", "mnist_conditional", "--labels", "4,2", "--output", "out.png"])
+    with Image.open("out.png") as drawn:
+        assert drawn.width > 250
+    card = Path(pretrained.__file__).parent / "weights" / "mnist_conditional" / "README.md"
+    assert "model.sample(64, labels=3)" in card.read_text()
+    assert "--labels 0,1,2" in card.read_text()
 
 
 def test_sample_takes_one_of_checkpoint_and_weights():
