@@ -23,8 +23,9 @@ GANS = {
 CALLBACKS = {
     "parametric": "`ParametricGradientPenalty()`",
     "slope": "`InputGradientPenalty()`",
-    "proximal_1000": "`ProximalPoint(tau=1000)`",
+    "proximal": "`ProximalPoint()`",
     "noise_0.03": "`NoiseInjection(HalvingNoise(0.03, 500))`",
+    "proximal_1000": "`ProximalPoint(tau=1000)`",
     "proximal_100": "`ProximalPoint(tau=100)`",
     "proximal_10": "`ProximalPoint(tau=10)`",
     "noise_0.1": "`NoiseInjection(HalvingNoise(0.1, 500))`",

@@ -45,8 +45,8 @@ FIELDS = [
     "gan", "factor", "callback", "seed", "updates", "seconds", "fid", "kid", "end", "commit",
     "torch", "processor", "date",
 ]  # fmt: skip
-CALLBACKS = ("none", "parametric", "slope", "proximal_1000", "noise_0.03")
-OTHERS = ("proximal_10", "proximal_100", "noise_0.1")  # with --others: fewer seeds
+CALLBACKS = ("none", "parametric", "slope", "proximal", "noise_0.03")
+OTHERS = ("proximal_10", "proximal_100", "proximal_1000", "noise_0.1")  # with --others
 SAMPLES = 5000
 
 
@@ -233,7 +233,8 @@ def new_callback(name: str, gan: type[Foreign]) -> list[Callback]:
         return [InputGradientPenalty(**names, critic_values=gan.critic_values)]
     kind, _, number = name.partition("_")
     if kind == "proximal":
-        return [ProximalPoint(tau=float(number), generator="netG")]
+        tau = float(number) if number else "auto"
+        return [ProximalPoint(tau, generator="netG")]
     if kind == "noise":
         return [NoiseInjection(HalvingNoise(float(number), every=500), **names)]
     return []

@@ -23,6 +23,7 @@ from lightning_mmd import (
     ParametricGradientPenalty,
     ProximalPoint,
 )
+from lightning_mmd.auto_alpha import AutoAlpha
 from lightning_mmd.noise import ConstantNoise
 from lightning_mmd.passes import seeded
 
@@ -307,6 +308,42 @@ def test_a_proximal_term_equals_that_in_the_loss(renew_every, tmp_path):
     assert all(not m._forward_hooks for m in module.modules())
 
 
+class Told(Callback):
+    """What each update logged."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        logged = trainer.callback_metrics
+        if "proximal/share" in logged:
+            self.told.append((float(logged["proximal/share"]), float(logged["proximal/tau"])))
+
+
+def test_an_automatic_tau_holds_the_term_at_a_part_of_the_gradient(tmp_path):
+    module, shares = Hinge(), Told()
+    callback = ProximalPoint(AutoAlpha(0.2, 20), 4, "netG")
+    fit(module, callback, shares, path=tmp_path, steps=200, data=images(1600))
+    ratios = torch.tensor([share / (1 - share) for share, _ in shares.told[40:]])
+    assert 0.14 < float(ratios.log().mean().exp()) < 0.25
+    assert ratios.max() < 0.4 + 1e-6  # never above twice the level
+    assert len({tau for _, tau in shares.told}) > 10
+
+
+def test_an_automatic_tau_goes_on_where_it_was(tmp_path):
+    whole, half = Hinge(), Hinge()
+    half.load_state_dict(whole.state_dict())
+    callbacks = [ProximalPoint(generator="netG") for _ in range(2)]
+    fit(whole, callbacks[0], path=tmp_path, steps=8)
+    fit(half, callbacks[1], path=tmp_path, steps=8)
+    saved = callbacks[1].state_dict()
+    assert saved["tau"]["steps"] == 7  # none at the renewal
+    third = ProximalPoint(generator="netG")
+    third.load_state_dict(saved)
+    assert third.state_dict()["tau"] == saved["tau"]
+    assert ProximalPoint(3.0).state_dict()["tau"] == {}
+
+
 def test_the_critics_latents_count_as_well(tmp_path):
     class Twin(WGAN):
         zs = None
@@ -430,8 +467,9 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_what_a_proximal_term_refuses(tmp_path):
-    with pytest.raises(ValueError, match="tau must be"):
-        ProximalPoint(0.0)
+    for tau in (0.0, -1.0, float("inf"), float("nan"), "automatic", True):
+        with pytest.raises(ValueError, match="tau must be a positive number, 'auto' or"):
+            ProximalPoint(tau)
     with pytest.raises(ValueError, match="at least 2"):
         ProximalPoint(1.0, 1)
     generator = nn.Sequential(mlp(5, 16), nn.Unflatten(1, SHAPE))
