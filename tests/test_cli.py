@@ -217,7 +217,7 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
         (["--trainer.callbacks+=NoiseInjection"], "NoiseInjection: the following arguments are re"),
         (
             ["--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_lif=3"],
-            "GeneratorEMA: Option 'half_lif' is not accepted. See --trainer.callbacks.help Gen",
+            "GeneratorEMA has no argument 'half_lif'. Did you mean half_life? It takes half_life",
         ),
         (["--model.nonsense=3"], "nonsense"),
         (["--model.rule.alpha=-1"], "alpha must be a finite number >= 0, got -1.0"),
@@ -245,6 +245,43 @@ def test_bad_input_is_one_clear_message(args, message, tmp_path, capsys):
     assert "Traceback" not in error
     assert len(error.strip().splitlines()[-1]) < 600
     assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))  # nothing half-done
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": {"rule": {"class_path": "GradientAscent", "init_args": {"slope": {}}}}},
+            "SlopePenalty has no argument 'wait'. Did you mean at or weight? It takes weight, at,",
+        ),
+        (
+            {"trainer": {"callbacks": [{"class_path": "NoiseInjection", "init_args": {}}]}},
+            "ConstantNoise has no argument 'level'. It takes initial, until.",
+        ),
+    ],
+)
+def test_a_wrong_argument_of_a_part_of_a_part_is_named(settings, message, tmp_path, capsys):
+    """Where an argument may be of several kinds, the parser says last that it is no class."""
+    if "model" in settings:
+        part = {"class_path": "SlopePenalty", "init_args": {"wait": 3}}
+        settings["model"]["rule"]["init_args"]["slope"] = part
+    else:
+        part = {"class_path": "ConstantNoise", "init_args": {"level": 0.05}}
+        settings["trainer"]["callbacks"][0]["init_args"]["schedule"] = part
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        fit("--config", "over.yaml", config="digits.yaml")
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_with_nothing_to_draw_ends_well(tmp_path, capsys):
+    (tmp_path / "over.yaml").write_text(
+        yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "GeneratorEMA"}]}})
+    )
+    fit("--config", "over.yaml", "--trainer.max_steps=1", config="digits.yaml")
+    out = capsys.readouterr().out
+    assert "1 generator updates" in out
+    assert "curves:" not in out
 
 
 def test_errors_are_raised_where_a_traceback_is_asked_for(monkeypatch):

@@ -114,17 +114,22 @@ def draw_panel(axes: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def draw_run(run: RunRecord, path: Path) -> None:
+def draw_run(run: RunRecord, path: Path) -> bool:
     """Draw one run as a picture: its curves, and samples at five times.
 
     Args:
         run: The run.
         path: The PNG file.
+
+    Returns:
+        Whether there was anything to draw: a run without a tracker and without pictures has none.
     """
     from matplotlib.figure import Figure
 
     panels = [panel for panel in PANELS if panel.found_in([run])][:6]
     times = spaced(sorted(run.pictures), 5)
+    if not panels and not times:
+        return False
     rows = -(-len(panels) // 3)
     heights = [3.0] * rows + [2.6] * bool(times)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
@@ -142,6 +147,7 @@ def draw_run(run: RunRecord, path: Path) -> None:
             axis.set_title(f"after {step:,} updates", fontsize=9)
             axis.set_axis_off()
     figure.savefig(path, dpi=100)
+    return True
 
 
 def spaced(numbers: Sequence[int], most: int) -> list[int]:

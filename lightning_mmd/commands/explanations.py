@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,6 +30,7 @@ NAMED = (
 )
 """Files whose classes a configuration names without their path."""
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MEMORY = (
     "Lower the memory of a step: model.micro_batches 2 (or more) evaluates a batch in parts and "
     "follows the same gradient; a smaller data.batch_size changes it."
@@ -53,6 +55,8 @@ def explain(error: BaseException, commands: Sequence[str] = ()) -> str:
         return f"out of memory: {text.rstrip('.')}. {_MEMORY}"
     if not text:
         return f"{type(error).__name__}. Set LIGHTNING_MMD_TRACEBACK=1 to see where it comes from."
+    if unknown_argument := _of_an_unknown_argument(text):
+        return unknown_argument
     unknown = re.search(r"Expected a dot import path string: (\w+)", text)
     if unknown is not None:
         return f"there is no class named {unknown[1]!r}. {_neighbours(unknown[1])}"
@@ -84,6 +88,25 @@ def _of_a_misspelt_word(text: str, commands: Sequence[str]) -> str | None:
     close = difflib.get_close_matches(option[1], _options(), n=2, cutoff=0.7)
     meant = " or ".join(f"--{name}" for name in close)
     return f"{text}. " + (f"Did you mean {meant}?" if close else "See lightning-mmd fit --help.")
+
+
+def _of_an_unknown_argument(text: str) -> str | None:
+    """Name the arguments of a class that were likely meant, where it does not have the one given.
+
+    The innermost class is meant: the text of an outer one repeats what is said of it.
+    """
+    found = re.findall(r"class_path '([\w.]+)\.(\w+)':\s*Option '([\w.]+)' is not accepted", text)
+    if not found:
+        return None
+    module, name, option = found[-1]
+    kind = getattr(sys.modules.get(module), name, None)
+    if not isinstance(kind, type):
+        return None
+    taken = [n for n, p in inspect.signature(kind).parameters.items() if p.kind not in _VARIADIC]
+    close = difflib.get_close_matches(option, taken, n=2)
+    meant = f"Did you mean {' or '.join(close)}? " if close else ""
+    takes = f"It takes {', '.join(taken)}." if taken else "It takes none."
+    return f"{name} has no argument {option!r}. {meant}{takes}"
 
 
 def _options() -> list[str]:

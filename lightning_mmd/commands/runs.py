@@ -119,5 +119,5 @@ def draw_at_end(trainer: Trainer) -> list[str]:
     if not has_matplotlib():
         return ["curves:     none drawn; for a picture of each run: pip install matplotlib"]
     path = folders[0] / "run.png"
-    draw_run(read_run(folders[0]), path)
-    return [f"curves:     {path}"]
+    drawn = draw_run(read_run(folders[0]), path)
+    return [f"curves:     {path}"] if drawn else []
