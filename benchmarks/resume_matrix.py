@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule
 
+from lightning_mmd import MMDGAN
 from lightning_mmd.cli import MMDCLI, main
 
 RESULTS = Path(__file__).parent / "results" / "resume.csv"
@@ -132,7 +133,15 @@ def fit(by: str, settings: dict[str, Any], path: str | None) -> Path:
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             if by == "Python":
-                made = MMDCLI(args=words[1:], run=False, trainer_class=Trainer)
+                made = MMDCLI(
+                    MMDGAN,
+                    LightningDataModule,
+                    subclass_mode_data=True,
+                    auto_configure_optimizers=False,
+                    save_config_callback=None,
+                    run=False,
+                    args=words[1:],
+                )
                 made.trainer.fit(made.model, made.datamodule, ckpt_path=path, weights_only=True)
             else:
                 main([*words, *([f"--ckpt_path={path}"] if path else [])])

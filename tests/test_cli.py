@@ -217,7 +217,7 @@ def test_print_config_is_complete_and_help_tells_what_the_docstring_does(capsys)
         (["--trainer.callbacks+=NoiseInjection"], "NoiseInjection: the following arguments are re"),
         (
             ["--trainer.callbacks+=GeneratorEMA", "--trainer.callbacks.half_lif=3"],
-            "GeneratorEMA has no argument 'half_lif'. Did you mean half_life? It takes half_life",
+            "GeneratorEMA has no argument 'half_lif'. Did you mean half_life or half",
         ),
         (["--model.nonsense=3"], "nonsense"),
         (["--model.rule.alpha=-1"], "alpha must be a finite number >= 0, got -1.0"),
@@ -268,6 +268,8 @@ def test_a_wrong_argument_of_a_part_of_a_part_is_named(settings, message, tmp_pa
     else:
         part = {"class_path": "ConstantNoise", "init_args": {"level": 0.05}}
         settings["trainer"]["callbacks"][0]["init_args"]["schedule"] = part
+    if "trainer" in settings:
+        settings["trainer"]["callbacks+"] = settings["trainer"].pop("callbacks")
     (tmp_path / "over.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit):
         fit("--config", "over.yaml", config="digits.yaml")
@@ -278,7 +280,8 @@ def test_a_run_with_nothing_to_draw_ends_well(tmp_path, capsys):
     (tmp_path / "over.yaml").write_text(
         yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "GeneratorEMA"}]}})
     )
-    fit("--config", "over.yaml", "--trainer.max_steps=1", config="digits.yaml")
+    with pytest.warns(UserWarning, match="over.yaml replaces the callbacks"):
+        fit("--config", "over.yaml", "--trainer.max_steps=1", config="digits.yaml")
     out = capsys.readouterr().out
     assert "1 generator updates" in out
     assert "curves:" not in out

@@ -93,12 +93,12 @@ def _of_a_misspelt_word(text: str, commands: Sequence[str]) -> str | None:
 def _of_an_unknown_argument(text: str) -> str | None:
     """Name the arguments of a class that were likely meant, where it does not have the one given.
 
-    The innermost class is meant: the text of an outer one repeats what is said of it.
+    Where an argument may be of several classes, the one that was named comes first.
     """
     found = re.findall(r"class_path '([\w.]+)\.(\w+)':\s*Option '([\w.]+)' is not accepted", text)
     if not found:
         return None
-    module, name, option = found[-1]
+    module, name, option = found[0]
     kind = getattr(sys.modules.get(module), name, None)
     if not isinstance(kind, type):
         return None
