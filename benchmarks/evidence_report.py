@@ -1,4 +1,4 @@
-"""Tables of `docs/evidence.md`, from the rows of `results/foreign.csv` and `results/ablation.csv`.
+"""Tables of `docs/evidence.md` and of `docs/reliability.md`, from committed rows.
 
 python benchmarks/evidence_report.py
 """
@@ -13,6 +13,8 @@ from race_report import inject
 from scipy.stats import spearmanr
 
 HERE = Path(__file__).parent
+RELIABILITY = HERE.parent / "docs" / "reliability.md"
+FRONT = HERE.parent / "README.md"
 PAGE = HERE.parent / "docs" / "evidence.md"
 GANS = {
     "tutorial": "Lightning's tutorial GAN",
@@ -42,7 +44,9 @@ def read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def foreign_table(rows: list[Row], factors: tuple[str, ...] = ("1.0",)) -> list[str]:
+def foreign_table(
+    rows: list[Row], factors: tuple[str, ...] = ("1.0",), callbacks: dict[str, str] = CALLBACKS
+) -> list[str]:
     """Return median ratios of FID with a callback over FID without, by GAN."""
     ended = {_cell(row) for row in rows if row["end"]}
     runs: dict[tuple[str, ...], dict[int, Row]] = defaultdict(dict)
@@ -51,12 +55,18 @@ def foreign_table(rows: list[Row], factors: tuple[str, ...] = ("1.0",)) -> list[
             runs[_cell(row)][int(row["updates"])] = row
     lines = ["| callback | " + " | ".join(GANS.values()) + " |", "|---" * (len(GANS) + 1) + "|"]
     for factor in factors:
-        for callback, shown in CALLBACKS.items():
+        for callback, shown in callbacks.items():
             cells = [_ratios(runs, gan, factor, callback) for gan in GANS]
             if any(cells):
                 name = shown if factor == "1.0" else f"{shown}, rate x {float(factor):g}"
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def front_table(rows: list[Row]) -> list[str]:
+    """Return the lines of the README: the callbacks at their defaults."""
+    usual = ("slope", "parametric", "proximal", "noise_0.03")
+    return foreign_table(rows, callbacks={name: CALLBACKS[name] for name in usual})
 
 
 def _cell(row: Row) -> tuple[str, ...]:
@@ -203,6 +213,21 @@ def verdicts_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def resume_table(rows: list[Row]) -> list[str]:
+    """Return how many resumed trainings were equal, by rule, processes and workers."""
+    groups = [("1", "0"), ("1", "2"), ("2", "0"), ("2", "2")]
+    shown = [f"{n} process{'es' if n == '2' else ''}, {w} workers" for n, w in groups]
+    lines = ["| rule | " + " | ".join(shown) + " |", "|---" * (len(groups) + 1) + "|"]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        cells = []
+        for group in groups:
+            own = [r for r in rows if (r["rule"], r["processes"], r["workers"]) == (rule, *group)]
+            equal = sum(not row["different"] for row in own)
+            cells.append(f"{equal} of {len(own)}" if own else "not tried")
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def tables() -> dict[str, list[str]]:
     """Return the lines of all tables by the name of their mark."""
     foreign, ablation = read("foreign"), read("ablation")
@@ -222,3 +247,7 @@ if __name__ == "__main__":
     for lines in found.values():
         print("\n".join(lines), end="\n\n")
     PAGE.write_text(inject(PAGE.read_text(), found))
+    resume = {"resume": resume_table(read("resume"))}
+    RELIABILITY.write_text(inject(RELIABILITY.read_text(), resume))
+    front = {"callbacks": front_table(read("foreign"))}
+    FRONT.write_text(inject(FRONT.read_text(), front))

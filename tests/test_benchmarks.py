@@ -110,3 +110,85 @@ def test_the_data_path_is_no_burden(run):
     for row in rows:
         assert row["after"] > 5 * row["before"]  # 20 and more at full size
         assert row["of_a_critic_pass"] < 0.5
+
+
+def test_a_long_training_does_not_grow(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(FOLDER)
+    rows = importlib.import_module("endurance").main(240, 60, tmp_path / "endurance.csv")
+    for name in ("tensors", "hooks", "files"):
+        assert rows[-1][name] <= rows[-2][name] + (name == "tensors")  # a tracker's newest value
+    assert rows[-1]["resident_mib"] < rows[1]["resident_mib"] + 20
+
+
+def test_a_resumed_deep_kernel_is_the_uninterrupted_one(monkeypatch):
+    """The cells of the matrix of `docs/reliability.md` that are quickest; it finds what differs."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(FOLDER)
+    matrix = importlib.import_module("resume_matrix")
+    rows = matrix.cells("deep kernel", 1, 0, 3)
+    assert [row["different"] for row in rows] == [""] * 6
+    state = {"a": [1, torch.ones(2)], "seconds": 3.0, "loops": 1}
+    assert matrix.differences(state, {"a": [1, torch.ones(2)], "seconds": 4.0, "loops": 2}) == []
+    assert matrix.differences(state, {"a": [2, torch.zeros(2)]}) == ["/a/0", "/a/1"]
+
+
+class FakeJudge:
+    def __call__(self, generator, latent_dim, last):
+        samples = generator(torch.randn(4, latent_dim))
+        assert samples.shape == (4, 1, 28, 28)
+        return {"fid": 2.0, "kid": float(samples.std())}, samples
+
+
+@pytest.mark.parametrize("gan", ["tutorial", "dcgan", "r1", "hinge_spectral"])
+def test_callbacks_act_on_foreign_gans(gan, monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(FOLDER)
+    foreign = importlib.import_module("foreign")
+    monkeypatch.setattr(foreign, "RESULTS", tmp_path / "foreign.csv")
+    images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(foreign.GANS[gan], "batch_size", 8)
+    monkeypatch.setattr(foreign.GANS[gan], "mark", 1)
+    names = ("none", "parametric", "slope", "proximal", "noise_0.3")
+    for name in names:
+        base = {"gan": gan, "factor": 1.0, "callback": name, "seed": 0}
+        foreign.run(base, 0.3, images, FakeJudge())
+    last = {row["callback"]: row for row in foreign.rows()}
+    assert list(last) == list(names)
+    assert {row["end"] for row in last.values()} == {"time"}
+    firsts = {}
+    for row in foreign.rows():
+        firsts.setdefault(row["callback"], row["kid"])
+    assert len(set(firsts.values()) - {firsts["none"]}) >= 1  # the same start, another update
+
+
+def test_cells_of_the_ablation_train_and_are_skipped_the_second_time(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(FOLDER)
+    ablation = importlib.import_module("ablation")
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.csv")
+    data = ablation.Data("digits", "")
+    for rule, stabiliser in (("closed form", "noise"), ("deep kernel", "proximal")):
+        base = ablation.base_of("ablation", "digits", rule, stabiliser, (0.1, 1e-3), 0)
+        ablation.run(data, base, (0.1, 1e-3), updates=3, every=2)
+        num = len(ablation.rows())
+        ablation.run(data, base, (0.1, 1e-3), updates=3, every=2)
+        assert len(ablation.rows()) == num
+    rows = ablation.rows()
+    assert [row["updates"] for row in rows] == ["2", "3", "2", "3"]
+    assert [row["end"] for row in rows] == ["", "budget", "", "budget"]
+    untrained = data.scores(data.model(ablation.plain(), (1e-3, 1e-3), 0).generator)["kid"]
+    evidence = importlib.import_module("evidence_report")
+    assert 0.7 < untrained / evidence.UNTRAINED["digits"] < 1.3
+
+
+def test_the_tables_of_the_evidence_are_those_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    evidence = importlib.import_module("evidence_report")
+    text = evidence.PAGE.read_text()
+    assert evidence.inject(text, evidence.tables()) == text
+    resume = {"resume": evidence.resume_table(evidence.read("resume"))}
+    text = evidence.RELIABILITY.read_text()
+    assert evidence.inject(text, resume) == text
+    front, rows = evidence.FRONT.read_text(), evidence.read("foreign")
+    assert evidence.inject(front, {"callbacks": evidence.front_table(rows)}) == front

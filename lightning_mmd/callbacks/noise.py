@@ -217,7 +217,7 @@ class NoiseInjection(ScheduledNoise):
     Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_mmd.noise import HalvingNoise
-        >>> noise = NoiseInjection(HalvingNoise(0.1, every=500, until=2000))
+        >>> noise = NoiseInjection(HalvingNoise(0.03, every=500, until=2000))
         >>> trainer = Trainer(callbacks=[noise], logger=False)
     """
 
