@@ -44,64 +44,70 @@ def noise(level: float) -> dict[str, Any]:
     return {"class_path": "ConstantNoise", "init_args": {"initial": level}}
 
 
-def config(rule: str, processes: int, workers: int, k: int, steps: int) -> dict[str, Any]:
-    """Return a configuration as a user writes it."""
-    labelled, solved = rule == "by class", rule == "closed form"
-    callbacks: list[dict[str, Any]] = [
-        {"class_path": "GeneratorEMA", "init_args": {"half_life": 3}},
-        {"class_path": "MMDTracker", "init_args": {"every_n_steps": 2, "num_fake": 50}},
-        {"class_path": "ConvergenceMonitor", "init_args": {"every_n_steps": 1, "num_samples": 20}},
-        {
-            "class_path": "RelativeTestLR",
-            "init_args": {
-                "kernel": {"class_path": "Gaussian", "init_args": {"bandwidth": 4.0}},
-                "every_n_steps": 2, "lookback": 1, "patience": 1, "num_samples": 30,
-            },
-        },
-        {"class_path": "NoiseInjection", "init_args": {"schedule": noise(0.05)}},
-        {"class_path": "OnDivergence"},
-    ]  # fmt: skip
-    if solved:
-        made = {"class_path": "ClosedForm", "init_args": {"beta": 0.1, "max_iterations": 3}}
-    elif rule == "deep kernel":
-        made = {"class_path": "DeepKernel", "init_args": {"alpha": 0.1}}
-    else:
-        made = {
-            "class_path": "GradientAscent",
-            "init_args": {
-                "alpha": 0.1, "beta": 0.01,
-                "slope": {"class_path": "SlopePenalty", "init_args": {"at": "interpolated"}},
-                "matching": {"class_path": "FeatureMatching", "init_args": {"weight": 1.0}},
-            },
-        }  # fmt: skip
+def callbacks_of(solved: bool, k: int) -> list[dict[str, Any]]:
+    """Return every callback that has a state and suits the rule."""
+    relative = {
+        "kernel": {"class_path": "Gaussian", "init_args": {"bandwidth": 4.0}},
+        "every_n_steps": 2, "lookback": 1, "patience": 1, "num_samples": 30,
+    }  # fmt: skip
+    chosen: dict[str, dict[str, Any]] = {
+        "GeneratorEMA": {"half_life": 3},
+        "MMDTracker": {"every_n_steps": 2, "num_fake": 50},
+        "ConvergenceMonitor": {"every_n_steps": 1, "num_samples": 20},
+        "RelativeTestLR": relative,
+        "NoiseInjection": {"schedule": noise(0.05)},
+        "OnDivergence": {},
+    }
     if not solved:
-        callbacks += [
-            {"class_path": "InstanceNoise", "init_args": {"schedule": noise(0.05)}},
-            {"class_path": "ProximalPoint", "init_args": {"renew_every": 3}},
-            {"class_path": "DiffAugment", "init_args": {"max_images": 10_000}},
-        ]
-    callbacks.append(
-        {
-            "class_path": "ModelCheckpoint",
-            "init_args": {"every_n_train_steps": k, "save_last": True, "save_top_k": -1},
+        chosen |= {
+            "InstanceNoise": {"schedule": noise(0.05)},
+            "ProximalPoint": {"renew_every": 3},
+            "DiffAugment": {"max_images": 10_000},
         }
-    )
+    chosen["ModelCheckpoint"] = {"every_n_train_steps": k, "save_last": True, "save_top_k": -1}
+    return [{"class_path": name, "init_args": given} for name, given in chosen.items()]
+
+
+def rule_of(name: str) -> dict[str, Any]:
+    """Return a rule with what it carries from batch to batch."""
+    if name == "closed form":
+        return {"class_path": "ClosedForm", "init_args": {"beta": 0.1, "max_iterations": 3}}
+    if name == "deep kernel":
+        return {"class_path": "DeepKernel", "init_args": {"alpha": 0.1}}
+    slope = {"class_path": "SlopePenalty", "init_args": {"at": "interpolated"}}
+    matching = {"class_path": "FeatureMatching", "init_args": {"weight": 1.0}}
+    given = {"alpha": 0.1, "beta": 0.01, "slope": slope, "matching": matching}
+    return {"class_path": "GradientAscent", "init_args": given}
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """Return networks, latents and rule."""
     generator = {"sample_shape": [1, 8, 8], "latent_dim": 8, "channels": [16, 8]}
     features: dict[str, Any] = copy.deepcopy(FEATURES)
     latents: Any = 8
-    if labelled:
+    if name == "by class":
         generator["num_classes"] = 10
         wrapped = {"num_features": 16, "num_classes": 10, "features": features}
         features = {"class_path": "ClassFeatures", "init_args": wrapped}
         latents = {"class_path": "LabelledLatents", "init_args": {"dim": 8, "num_classes": 10}}
     critic = {"class_path": "LearnedKernelCritic"}
     arguments = {"num_features": 16, "features": features}
-    if rule == "deep kernel":
+    if name == "deep kernel":
         critic, arguments = {"class_path": "EmbeddingCritic"}, {**arguments, "dim": 8}
     falling = {
         "class_path": "torch.optim.lr_scheduler.LinearLR",
         "init_args": {"start_factor": 1.0, "end_factor": 0.05, "total_iters": 12},
     }
+    return {
+        "rule": rule_of(name), "latents": latents, "generator_scheduler": falling,
+        "generator": {"class_path": "ConvGenerator", "init_args": generator},
+        "critic": {**critic, "init_args": arguments},
+    }  # fmt: skip
+
+
+def config(rule: str, processes: int, workers: int, k: int, steps: int) -> dict[str, Any]:
+    """Return a configuration as a user writes it."""
+    data = {"batch_size": 256 // processes, "num_workers": workers, "labels": rule == "by class"}
     return {
         "seed_everything": 0,
         "trainer": {
@@ -109,19 +115,10 @@ def config(rule: str, processes: int, workers: int, k: int, steps: int) -> dict[
             "strategy": "ddp_fork" if processes > 1 else "auto", "limit_val_batches": 0,
             "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "x"}},
-            "callbacks": callbacks,
+            "callbacks": callbacks_of(rule == "closed form", k),
         },
-        "model": {
-            "rule": made, "latents": latents, "generator_scheduler": falling,
-            "generator": {"class_path": "ConvGenerator", "init_args": generator},
-            "critic": {**critic, "init_args": arguments},
-        },
-        "data": {
-            "class_path": "DigitsDataModule",
-            "init_args": {
-                "batch_size": 256 // processes, "num_workers": workers, "labels": labelled,
-            },
-        },
+        "model": model_of(rule),
+        "data": {"class_path": "DigitsDataModule", "init_args": data},
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_mmd.passes import evaluating, seeded
+from lightning_mmd.points import require_tensors
 
 __all__ = ["FeatureMetrics"]
 
@@ -112,7 +113,11 @@ class FeatureMetrics(Metric):
         Args:
             samples: Shape (n, ...), as the network takes them.
             real: True for samples of the data, False for generated ones.
+
+        Raises:
+            TypeError: If they are no tensor.
         """
+        require_tensors("FeatureMetrics", samples=samples)
         (network,) = self._features
         network.to(samples.device)
         with torch.no_grad(), evaluating(network):

@@ -38,6 +38,7 @@ from lightning_mmd.latents import Inputs, Latents, as_inputs, with_labels
 from lightning_mmd.masking import masked
 from lightning_mmd.parameters import plain_name
 from lightning_mmd.passes import copy_network, counter_seed, evaluating, full_precision, seeded
+from lightning_mmd.points import require_tensors
 from lightning_mmd.pretrained import Pretrained
 from lightning_mmd.processes import SHARDING, TrainerProcesses, refuse_different_parameters
 from lightning_mmd.pushforward import check_samples
@@ -220,6 +221,8 @@ class MMDGAN(Pretrained):
         """
         _check_integers(num=num)
         inputs = as_inputs(self.sample_latents(num) if latents is None and num >= 1 else latents)
+        for part in inputs if latents is not None else ():
+            require_tensors("sample", latents=part)
         if num < 1 or len(inputs[0]) != num:
             length = "none" if latents is None else len(inputs[0])
             raise ValueError(f"sample needs num >= 1 and as many latents, got {num} and {length}.")

@@ -21,6 +21,7 @@ from lightning_mmd.passes import (
     random_state_kept,
     unfused_attention,
 )
+from lightning_mmd.points import require_tensors
 from lightning_mmd.pushforward import Pushforward, parametric_gradient
 
 __all__ = [
@@ -138,6 +139,8 @@ def parametric_gradient_penalty(
         refuse_shared_parameters(critic, generator)
         warn_of_kinks(critic)
     inputs = as_inputs(z)
+    for part in inputs:
+        require_tensors("parametric_gradient_penalty", z=part)
     groups = [select(inputs, group) for group in estimator.groups(len(inputs[0]))]
     return penalised_critic(
         critic, generator, groups, method, estimator=estimator, parameters=parameters, mean=mean
@@ -476,6 +479,7 @@ def input_gradient_penalty(
         Scalar, >= 0, differentiable in the critic's parameters.
 
     Raises:
+        TypeError: If a sample is no tensor.
         ValueError: If the shapes differ or ``target`` is negative.
         RuntimeError: If a layer of the critic has no second derivative.
 
@@ -484,6 +488,8 @@ def input_gradient_penalty(
     """
     if not 0 <= target < math.inf:
         raise ValueError(f"target must be a finite number >= 0, got {target}.")
+    given = {"real": real} if fake is None else {"real": real, "fake": fake}
+    require_tensors("input_gradient_penalty", **given)
     x = real.detach()
     if fake is not None:
         if fake.shape != real.shape:

@@ -7,10 +7,15 @@ import torch
 from torch import nn
 
 from lightning_mmd import (
+    MMDGAN,
+    FeatureMetrics,
     Gaussian,
+    LearnedKernelCritic,
     MaximumMeanDiscrepancy,
     generator_flow,
+    input_gradient_penalty,
     kernel_gan_flow,
+    parametric_gradient_penalty,
     point_flow,
     solve_witness,
     step_halving,
@@ -63,6 +68,21 @@ CASES = {
     ),
     "axis": lambda v: halvings(axis=v(torch.arange(3.0))),
     "metric": lambda v: halvings(metric=v(torch.arange(3.0))),
+    "z of parametric_gradient_penalty": lambda v: parametric_gradient_penalty(
+        nn.Linear(3, 1), nn.Linear(2, 3), v(torch.ones(4, 2))
+    ),
+    "real of input_gradient_penalty": lambda v: input_gradient_penalty(
+        nn.Linear(3, 1), v(torch.ones(4, 3))
+    ),
+    "fake of input_gradient_penalty": lambda v: input_gradient_penalty(
+        nn.Linear(3, 1), torch.zeros(4, 3), v(torch.ones(4, 3))
+    ),
+    "latents of sample": lambda v: MMDGAN(
+        nn.Linear(2, 3), LearnedKernelCritic(nn.Linear(3, 4), 4), latents=2
+    ).sample(4, v(torch.ones(4, 2))),
+    "samples of FeatureMetrics": lambda v: FeatureMetrics(nn.Flatten()).update(
+        v(torch.ones(4, 2)), real=True
+    ),
     "samples": lambda v: MaximumMeanDiscrepancy(Gaussian()).update(v(torch.ones(3, 2)), real=True),
 }
 
