@@ -28,9 +28,10 @@ esac
 shift
 
 env=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-[ "$what" = lowest ] && env=$PWD/.venv-lowest # never into an environment that is used otherwise
+[ "$what" = lowest ] && env= # never into an environment that is used otherwise
 if [ -z "$env" ]; then
     env=$PWD/.venv
+    [ "$what" = lowest ] && env=$PWD/.venv-lowest
     if ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
         command -v python3 >/dev/null || fail "python3 is missing: install Python 3.10 or newer."
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
