@@ -233,10 +233,8 @@ def tables() -> dict[str, list[str]]:
     foreign, ablation = read("foreign"), read("ablation")
     return {
         "callbacks": foreign_table(foreign),
-        "callbacks at other rates": foreign_table(foreign, ("0.25", "4.0")),
         "ablation": ablation_table(ablation),
         "rates": rates_table(ablation),
-        "long": long_table(ablation),
         "signals": signals_table(ablation),
         "verdicts": verdicts_table(ablation),
     }
