@@ -144,7 +144,7 @@ class FakeJudge:
 def test_callbacks_act_on_foreign_gans(gan, monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
     monkeypatch.syspath_prepend(FOLDER)
-    foreign = importlib.import_module("foreign")
+    foreign = importlib.import_module("foreign_gans")
     monkeypatch.setattr(foreign, "RESULTS", tmp_path / "foreign.csv")
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8)
     monkeypatch.setattr(foreign.GANS[gan], "batch_size", 8)

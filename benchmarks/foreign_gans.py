@@ -1,7 +1,7 @@
 """Do our callbacks help or harm GANs that are not ours?
 
-    OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA
-    OMP_NUM_THREADS=1 python benchmarks/foreign.py DATA --seeds 1 --factors 0.25 4
+    OMP_NUM_THREADS=1 python benchmarks/foreign_gans.py DATA
+    OMP_NUM_THREADS=1 python benchmarks/foreign_gans.py DATA --seeds 1 --factors 0.25 4
 
 Four GANs as other people write them, on MNIST, each with none and with one of the callbacks that
 act on training. The pictures of one seed are the same images in the same order, from the same
