@@ -74,9 +74,9 @@ def test_a_page_holds_scores_floors_differences_and_pictures(tmp_path, capsys):
     page = Page(text)
     rows = {row[0]: row[1:] for row in page.rows}
     assert rows["score"] == ["first/version_0", "second/version_0"]
-    assert rows["KID, times 1000, at the end"] == ["4.5", "6"]
-    assert rows["KID, times 1000, lowest"] == ["3.25 after 100 updates", "6 after 200 updates"]
-    assert rows["KID, times 1000, between real images"] == ["2.5", "2.5"]
+    assert rows["KID, at the end"] == ["4.5", "6"]
+    assert rows["KID, lowest"] == ["3.25 after 100 updates", "6 after 200 updates"]
+    assert rows["KID, between real images"] == ["2.5", "2.5"]
     assert rows["model.rule.init_args.eta"] == ["0.1", "0.2"]
     assert "model.seed" not in rows  # both have it
     steps = [(image["data-step"], "hidden" in image) for image in page.images]

@@ -39,7 +39,7 @@ class Panel:
 PANELS = (
     Panel("MMD^2 to held-out images", ("val/mmd2",), ("val/mmd2_real",), log=True),
     Panel("FID to held-out images", ("val/fid",), ("val/fid_real",), log=True),
-    Panel("KID to held-out images, times 1000", ("val/kid",), ("val/kid_real",), log=True),
+    Panel("KID to held-out images", ("val/kid",), ("val/kid_real",), log=True),
     Panel("precision, from 0 to 1", ("val/precision",), ("val/precision_real",)),
     Panel("recall, from 0 to 1", ("val/recall",), ("val/recall_real",)),
     Panel("the critic's gap, E f(real) - E f(generated)", ("critic/gap",)),

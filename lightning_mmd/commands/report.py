@@ -16,7 +16,7 @@ __all__ = ["report", "run_report"]
 _SCORES = {
     "val/mmd2": "MMD^2",
     "val/fid": "FID",
-    "val/kid": "KID, times 1000",
+    "val/kid": "KID",
     "val/precision": "precision",
     "val/recall": "recall",
 }
