@@ -18,11 +18,8 @@ monitor say. Each score is a row of `results/ablation.csv`; runs that are there 
 
 import argparse
 import copy
-import csv
-import datetime
 import logging
 import math
-import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -30,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_rows import append_row, read_rows
 from judge import cached_classifier, load
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from race import CACHE, commit, keep_memory
+from race import CACHE, keep_memory
 from torch import nn
 
 from lightning_mmd import (
@@ -62,7 +60,7 @@ from lightning_mmd.objectives import Linear, Logistic
 RESULTS = Path(__file__).parent / "results" / "ablation.csv"
 FIELDS = [
     "study", "data", "rule", "stabiliser", "rates", "seed", "updates", "seconds", "fid", "kid",
-    "mmd2", "efficiency", "ratio", "verdict", "end", "commit", "torch", "processor", "date",
+    "mmd2", "efficiency", "ratio", "verdict", "end",
 ]  # fmt: skip
 SLOPE_TO_ONE = SlopePenalty(20.0, at="real", target=1.0)
 R1 = SlopePenalty(1.0, at="real")
@@ -280,32 +278,14 @@ class Marks(Callback):
             "ratio": f"{float(logged.get('certificate/ratio', math.nan)):.4g}",
             "verdict": self.monitor.verdict.name if self.monitor.verdict else "", "end": end,
         }  # fmt: skip
-        append(row)
+        append_row(RESULTS, FIELDS, row)
         self.ended = bool(end)
         self.scoring += time.process_time() - start
 
 
-def append(row: dict[str, Any]) -> None:
-    """Append a row."""
-    new = not RESULTS.exists()
-    row = {
-        **row, "commit": commit(), "torch": torch.__version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def rows() -> list[dict[str, str]]:
     """Return the rows so far."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS)
 
 
 def cell(row: dict[str, Any]) -> tuple[str, ...]:

@@ -13,16 +13,13 @@ that are there are skipped.
 
 import argparse
 import copy
-import csv
-import datetime
-import platform
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from csv_rows import append_row, read_rows
 from judge import Images, Judge, load, new_judge, to_unit
-from race import CACHE, commit, keep_memory
+from race import CACHE, keep_memory
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -42,8 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "conditional.csv"
 KINDS = ("none", "learned", "fixed", "product", "learned_apart", "fixed_apart", "product_apart")
 SEEDS = {"product": 1, "learned_apart": 2, "fixed_apart": 1, "product_apart": 1}  # less often
 FIELDS = [
-    "labels", "seed", "updates", "images", "seconds", "fid", "kid", "asked", "rarest", "commit",
-    "torch", "processor", "date",
+    "labels", "seed", "updates", "images", "seconds", "fid", "kid", "asked", "rarest",
 ]  # fmt: skip
 
 
@@ -115,31 +111,13 @@ class Uniform(nn.Module):
         return self.generator(z, torch.arange(len(z)) % 10)
 
 
-def rows() -> list[dict[str, str]]:
-    """Return the rows so far."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, Any]) -> None:
-    """Append a row."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(root: str, updates: int, seeds: int) -> None:
     """Run what is not there yet."""
     torch.set_num_threads(1)
     keep_memory()
     images = load("MNIST", root, "test")
     judge = new_judge("MNIST", images, CACHE)
-    done = {(row["labels"], row["seed"], row["updates"]) for row in rows()}
+    done = {(row["labels"], row["seed"], row["updates"]) for row in read_rows(RESULTS)}
     for seed in range(seeds):
         for kind in KINDS:
             if seed >= SEEDS.get(kind, seeds):
@@ -160,11 +138,8 @@ def main(root: str, updates: int, seeds: int) -> None:
                 "labels": kind, "seed": seed, "updates": updates, "images": seen,
                 "seconds": round(seconds), "fid": f"{scores['fid']:.4g}",
                 "kid": f"{scores['kid']:.4g}", "asked": f"{share:.4f}", "rarest": f"{worst:.4f}",
-                "commit": commit(), "torch": torch.__version__,
-                "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-                "date": datetime.date.today().isoformat(),
             }  # fmt: skip
-            append(row)
+            append_row(RESULTS, FIELDS, row)
             print(row, flush=True)
 
 

@@ -13,10 +13,7 @@ skipped. `evidence_report.py` makes the table.
 
 import argparse
 import copy
-import csv
-import datetime
 import logging
-import platform
 import time
 import warnings
 from pathlib import Path
@@ -24,9 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from csv_rows import append_row, read_rows
 from judge import Judge, cached_classifier, load, to_unit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from race import CACHE, commit, keep_memory
+from race import CACHE, keep_memory
 from rivals import spectrally_normalised
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -42,8 +40,7 @@ from lightning_mmd.noise import HalvingNoise
 
 RESULTS = Path(__file__).parent / "results" / "foreign.csv"
 FIELDS = [
-    "gan", "factor", "callback", "seed", "updates", "seconds", "fid", "kid", "end", "commit",
-    "torch", "processor", "date",
+    "gan", "factor", "callback", "seed", "updates", "seconds", "fid", "kid", "end",
 ]  # fmt: skip
 CALLBACKS = ("none", "parametric", "slope", "proximal", "noise_0.03")
 OTHERS = ("proximal_10", "proximal_100", "proximal_1000", "noise_0.1")  # with --others
@@ -280,36 +277,19 @@ class Marks(Callback):
             torch.manual_seed(99)
             scores, _ = self.judge(self.average.eval(), pl_module.latent_dim, last=False)
             torch.set_rng_state(state)
-            append({
+            row = {
                 **self.base, "updates": self.updates, "seconds": f"{spent:.1f}",
                 "fid": f"{scores['fid']:.4g}", "kid": f"{scores['kid']:.4g}",
                 "end": "time" if end else "",
-            })  # fmt: skip
+            }  # fmt: skip
+            append_row(RESULTS, FIELDS, row)
             self.scoring += time.process_time() - start
         trainer.should_stop = trainer.should_stop or end
 
 
-def append(row: dict[str, Any]) -> None:
-    """Append a row."""
-    new = not RESULTS.exists()
-    row = {
-        **row, "commit": commit(), "torch": torch.__version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def rows() -> list[dict[str, str]]:
     """Return the rows so far, of runs that came to their end."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = read_rows(RESULTS)
     ended = {cell(row) for row in found if row["end"]}
     return [row for row in found if cell(row) in ended]
 
