@@ -32,7 +32,11 @@ from lightning_mmd.commands.evaluate import evaluate
 from lightning_mmd.commands.explanations import NAMED, explain
 from lightning_mmd.commands.export import export
 from lightning_mmd.commands.halving import climb
-from lightning_mmd.commands.layers import config_files, tell_of_replaced_callbacks
+from lightning_mmd.commands.layers import (
+    config_files,
+    tell_of_replaced_callbacks,
+    with_named_callbacks,
+)
 from lightning_mmd.commands.models import check_checkpoint
 from lightning_mmd.commands.report import run_report
 from lightning_mmd.commands.runs import command_to_go_on, draw_at_end, find_last
@@ -335,6 +339,7 @@ def run(args: ArgsType = None) -> None:
     if isinstance(args, list):
         args = ["--help" if argument == "--trainer.help" else argument for argument in args]
         tell_of_replaced_callbacks(config_files(args))
+        args = with_named_callbacks(args)
     MMDCLI(
         MMDGAN,
         LightningDataModule,

@@ -276,12 +276,49 @@ def test_a_wrong_argument_of_a_part_of_a_part_is_named(settings, message, tmp_pa
     assert message in capsys.readouterr().err
 
 
+def test_an_option_reaches_every_callback_by_its_name():
+    fit(
+        "--trainer.callbacks.MMDTracker.every_n_steps",
+        "3",
+        "--trainer.callbacks.MMDTracker.kernel.init_args.kernels=[Laplace]",
+        "--trainer.callbacks.GeneratorEMA.half_life=7",
+        "--trainer.callbacks+=DiffAugment",
+        "--trainer.callbacks.max_images=3",  # of the last one, as ever
+        "--trainer.max_steps=1",
+        config="digits.yaml",
+    )
+    (saved,) = Path("runs").rglob("config.yaml")
+    callbacks = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
+    found = {c["class_path"].rpartition(".")[2]: c.get("init_args", {}) for c in callbacks}
+    shipped = yaml.safe_load((CONFIGS / "digits.yaml").read_text())["trainer"]["callbacks"]
+    assert list(found)[: len(shipped) + 1] == [*(c["class_path"] for c in shipped), "DiffAugment"]
+    assert found["MMDTracker"]["every_n_steps"] == 3
+    assert len(found["MMDTracker"]["kernel"]["init_args"]["kernels"]) == 1
+    assert found["GeneratorEMA"]["half_life"] == 7
+    assert found["GeneratorEMA"]["ramp"] == 0.0693  # the file's own
+    assert found["SampleGrid"]["scale"] == 4
+    assert found["DiffAugment"]["max_images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.callbacks.MMDTrackr.every_n_steps=3"], "have 0 callbacks MMDTrackr, expected"),
+        (["--trainer.callbacks.MMDTracker.every_n_steps"], "needs a value"),
+    ],
+)
+def test_a_callback_that_is_not_there_is_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        fit(*words, config="digits.yaml")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # over.yaml replaces callbacks
 def test_a_run_with_nothing_to_draw_ends_well(tmp_path, capsys):
     (tmp_path / "over.yaml").write_text(
         yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "GeneratorEMA"}]}})
     )
-    with pytest.warns(UserWarning, match="over.yaml replaces the callbacks"):
-        fit("--config", "over.yaml", "--trainer.max_steps=1", config="digits.yaml")
+    fit("--config", "over.yaml", "--trainer.max_steps=1", config="digits.yaml")
     out = capsys.readouterr().out
     assert "1 generator updates" in out
     assert "curves:" not in out
