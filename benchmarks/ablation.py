@@ -120,9 +120,6 @@ CELLS: dict[str, dict[str, Callable[[], UpdateRule]]] = {
         "R1, parametric 0.01": lambda: plain(slope=R1, alpha=0.01),
     },
 }
-REFUSED = {  # by name, with the reason in the error
-    "closed form": "slope, R1: the witness is a formula; proximal: voids the certificate",
-}
 GRID = [  # rule and stabilisers of the grid of learning rates
     ("closed form", "parametric 1"),
     ("gradient ascent", "slope to 1, matching"),

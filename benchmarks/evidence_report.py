@@ -3,12 +3,12 @@
 python benchmarks/evidence_report.py
 """
 
-import csv
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
+from csv_rows import read_rows
 from race_report import inject
 from scipy.stats import spearmanr
 
@@ -40,8 +40,7 @@ Row = dict[str, str]
 
 def read(name: str) -> list[Row]:
     """Return the rows of a file of `results/`."""
-    with (HERE / "results" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(HERE / "results" / f"{name}.csv")
 
 
 def foreign_table(
@@ -151,29 +150,6 @@ def rates_table(rows: list[Row]) -> list[str]:
 
 def _number(text: str) -> float:
     return value if (value := float(text)) == value else math.inf
-
-
-def long_table(rows: list[Row], parts: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1)) -> list[str]:
-    """Return KID along the long runs, and its best."""
-    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["study"] == "long":
-            found[row["rule"], row["stabiliser"]].append(row)
-    head = " | ".join(f"{100 * part:g} %" for part in parts)
-    lines = [f"| rule | stabiliser | updates | KID at {head} | best, at |"]
-    lines.append("|---" * (len(parts) + 4) + "|")
-    for (rule, stabiliser), run in found.items():
-        if not any(row["end"] for row in run):
-            continue
-        last = int(run[-1]["updates"])
-        at = [min(run, key=lambda row: abs(int(row["updates"]) - part * last)) for part in parts]
-        best = min(run, key=lambda row: _number(row["kid"]))
-        values = " | ".join(f"{float(row['kid']):.3g}" for row in at)
-        lines.append(
-            f"| {rule} | {stabiliser} | {last} | {values} | "
-            f"{float(best['kid']):.3g}, {best['updates']} |"
-        )
-    return lines
 
 
 def signals_table(rows: list[Row]) -> list[str]:

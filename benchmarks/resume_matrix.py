@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
+from csv_rows import read_rows
+from runs import parse
 
-from lightning_mmd import MMDGAN
-from lightning_mmd.cli import MMDCLI, main
+from lightning_mmd.cli import main
 
 RESULTS = Path(__file__).parent / "results" / "resume.csv"
 FIELDS = ["rule", "processes", "workers", "k", "checkpoint", "by", "different"]
@@ -130,15 +130,7 @@ def fit(by: str, settings: dict[str, Any], path: str | None) -> Path:
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             if by == "Python":
-                made = MMDCLI(
-                    MMDGAN,
-                    LightningDataModule,
-                    subclass_mode_data=True,
-                    auto_configure_optimizers=False,
-                    save_config_callback=None,
-                    run=False,
-                    args=words[1:],
-                )
+                made = parse(words[1:])
                 made.trainer.fit(made.model, made.datamodule, ckpt_path=path, weights_only=True)
             else:
                 main([*words, *([f"--ckpt_path={path}"] if path else [])])
@@ -202,10 +194,7 @@ def run(results: Path = RESULTS, rules: tuple[str, ...] = ()) -> list[dict[str, 
     logging.getLogger("lightning_mmd").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    rows: list[dict[str, Any]] = []
-    if results.exists():
-        with results.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = [*read_rows(results)]
     done = {tuple(str(row[name]) for name in FIELDS[:4]) for row in rows}
     every = rules or ("closed form", "gradient ascent", "deep kernel", "by class")
     for group in product(every, (1, 2), (0, 2), (3, 4)):  # an epoch has four updates

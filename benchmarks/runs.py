@@ -83,6 +83,11 @@ class Meter(Callback):
 
 def build(config: str, arguments: Sequence[str]) -> MMDCLI:
     """Build trainer, model and data of a configuration in ``configs/``, without training."""
+    return parse(["--config", str(ROOT / "configs" / config), *QUIET, *arguments])
+
+
+def parse(arguments: list[str]) -> MMDCLI:
+    """Build trainer, model and data of a command line behind ``fit``, without training."""
     return MMDCLI(
         MMDGAN,
         LightningDataModule,
@@ -90,7 +95,7 @@ def build(config: str, arguments: Sequence[str]) -> MMDCLI:
         auto_configure_optimizers=False,
         save_config_callback=None,
         run=False,
-        args=["--config", str(ROOT / "configs" / config), *QUIET, *arguments],
+        args=arguments,
     )
 
 

@@ -495,6 +495,9 @@ def _centred_variance(gram: Tensor, within: bool = False) -> Tensor:
 class _Sums:
     """Sums of a Gram matrix (n, m) and of its squares, of some rows at a time.
 
+    Its variances are differences, right to the rounding of the squares. `relative_similarity_test`
+    must know a variance of zero, and so has whole matrices and `_centred_variance`.
+
     Attributes:
         rows: Sums of the rows, (n,).
         columns: Sums of the columns, (m,).

@@ -83,9 +83,14 @@ class ProximalPoint(AddedGradient):
         generator_output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        number = not isinstance(tau, bool | str | AutoAlpha)
-        if tau != "auto" and not isinstance(tau, AutoAlpha) and not (number and 0 < tau < math.inf):
-            raise ValueError(f"tau must be a positive number, 'auto' or an AutoAlpha, got {tau!r}.")
+        automatic, self._fixed = AutoAlpha(0.05) if tau == "auto" else tau, 0.0
+        self._auto = copy.deepcopy(automatic) if isinstance(automatic, AutoAlpha) else None
+        if not isinstance(automatic, AutoAlpha):
+            if isinstance(automatic, bool | str) or not 0 < automatic < math.inf:
+                raise ValueError(
+                    f"tau must be a positive number, 'auto' or an AutoAlpha, got {tau!r}."
+                )
+            self._fixed = 1 / (2 * automatic)
         if renew_every < 2:
             raise ValueError(
                 f"renew_every must be at least 2, got {renew_every}: the generator equals the old "
@@ -93,7 +98,6 @@ class ProximalPoint(AddedGradient):
             )
         self.tau, self.renew_every, self.generator = tau, renew_every, generator
         self.generator_output, self.seed = generator_output, seed
-        self._auto = AutoAlpha(0.05) if tau == "auto" else copy.deepcopy(tau)
         self.step = 0
         self._inputs: list[tuple[tuple, dict]] = []
         self._records = False
@@ -172,10 +176,10 @@ class ProximalPoint(AddedGradient):
             return
         value, added = self._gradient(trainer, parameters, inputs)
         others = self.norm(parameters)
-        if isinstance(self._auto, AutoAlpha):
-            weight = self._auto.update(float(added.norm()), float(others))
+        if self._auto is None:
+            weight = self._fixed
         else:
-            weight = 1 / (2 * self._auto)
+            weight = self._auto.update(float(added.norm()), float(others))
         share = self.join(parameters, weight * added, others)
         tau = added.new_tensor(1 / (2 * weight) if weight else math.inf)
         self.note(pl_module, {"distance": value, "share": share, "tau": tau})
@@ -208,13 +212,13 @@ class ProximalPoint(AddedGradient):
 
     def state_dict(self) -> dict[str, Any]:
         old = self._saved if self._old is None else self._old.state_dict()
-        auto = self._auto.state_dict() if isinstance(self._auto, AutoAlpha) else {}
+        auto = {} if self._auto is None else self._auto.state_dict()
         return {**super().state_dict(), "step": self.step, "old": old, "tau": auto}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.step = state_dict["step"]
-        if isinstance(self._auto, AutoAlpha) and state_dict["tau"]:
+        if self._auto is not None and state_dict["tau"]:
             self._auto.load_state_dict(state_dict["tau"])
         if self._old is None:
             self._saved = state_dict["old"]
